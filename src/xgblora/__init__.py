@@ -1,0 +1,29 @@
+"""Forward-only fine-tuning of causal language models with LoRA and XGBLoRA."""
+
+from xgblora.adapters import Adapters, attach
+from xgblora.boosters import Ledger
+from xgblora.config import RunConfig
+from xgblora.errors import DivergedError, XgbloraError
+from xgblora.evaluation import evaluate, predict
+from xgblora.models import load_model
+from xgblora.packing import Example
+from xgblora.tasks import encode, get_task, load_splits, sample
+from xgblora.trainer import Trainer
+
+__all__ = [
+    "Adapters",
+    "DivergedError",
+    "Example",
+    "Ledger",
+    "RunConfig",
+    "Trainer",
+    "XgbloraError",
+    "attach",
+    "encode",
+    "evaluate",
+    "get_task",
+    "load_model",
+    "load_splits",
+    "predict",
+    "sample",
+]

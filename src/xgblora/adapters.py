@@ -1,0 +1,278 @@
+"""Low-rank adapters on a frozen base: y = base(x) + scaling * B A x (LoRA, arXiv 2106.09685), in float32.
+
+An adapted layer holds the pair in training (A, B) and the stack of frozen rank-1 boosters before it. During a
+zeroth-order step it evaluates many perturbed copies of the pair at once: see :class:`Probe`.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from xgblora.config import warn_rank
+from xgblora.errors import XgbloraError
+from xgblora.randomness import generator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One forward in which every position sees its own perturbed pair.
+
+    With D directions, position t sees A + sum_d select[t, d] zA_d and B likewise, where ``select`` (positions, D)
+    float32 holds +eps or -eps at the position's own direction and 0 elsewhere. ``directions`` (D, parameters)
+    float32 is laid out as :attr:`Adapters.slices` says. Nothing is ever added to a parameter.
+    """
+
+    directions: Tensor
+    select: Tensor
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with its pair in training and its boosters.
+
+    ``lora_A`` (r, in), ``lora_B`` (out, r): the pair. ``booster_A`` (K, in), ``booster_B`` (out, K): the frozen
+    stack. All float32. The base layer may be any module with ``in_features`` and ``out_features`` (quantised ones
+    too) or transformers' Conv1D: it is called, its weight is never touched.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    booster_A: Tensor
+    booster_B: Tensor
+
+    def __init__(self, base_layer: nn.Module, rank: int, scaling: float, device: torch.device) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _shape(base_layer)
+        self.scaling = scaling
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.register_buffer("booster_A", torch.zeros(0, self.in_features, device=device), persistent=False)
+        self.register_buffer("booster_B", torch.zeros(self.out_features, 0, device=device), persistent=False)
+        self.probe: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
+        base = self.base_layer(x)
+        rows = x.reshape(-1, self.in_features).float()
+        if self.probe is not None:
+            update = self._probed(rows, *self.probe)
+        elif self.booster_A.shape[0] == 0:
+            update = F.linear(F.linear(rows, self.lora_A), self.lora_B)
+        else:
+            stack_A = torch.cat([self.booster_A, self.lora_A])
+            update = F.linear(F.linear(rows, stack_A), torch.cat([self.booster_B, self.lora_B], dim=1))
+        return (base + (self.scaling * update).view(base.shape)).to(base.dtype)
+
+    def _probed(self, x: Tensor, z_A: Tensor, z_B: Tensor, select: Tensor) -> Tensor:
+        """B' A' x with each position's own A' and B'. Shapes: x (t, in), z_A (D, r, in), z_B (D, r, out).
+
+        The D directions of a batch are D more rows of two skinny products, so that the whole probe stays a
+        matrix product: gathering a direction for every position would move (t, in) floats from memory instead.
+        """
+        count, rank, _ = z_A.shape
+        products = F.linear(x, torch.cat([self.lora_A, z_A.flatten(0, 1)]))  # (t, r + D r)
+        along = products[:, rank:].view(-1, count, rank)
+        hidden = products[:, :rank] + (select[:, :, None] * along).sum(1)  # A' x: (t, r)
+        spread = (select[:, :, None] * hidden[:, None, :]).flatten(1)  # (t, D r)
+        update = torch.cat([hidden, spread], dim=1) @ torch.cat([self.lora_B.T, z_B.flatten(0, 1)])
+        if self.booster_A.shape[0]:
+            update = torch.addmm(update, F.linear(x, self.booster_A), self.booster_B.T)
+        return update
+
+
+class Adapters:
+    """All adapted layers of one model: the handle that training, boosting and saving work with.
+
+    ``layers`` maps the name of each adapted layer inside the model to its :class:`AdaptedLinear`, in the model's
+    order. Create it with :func:`attach`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: dict[str, AdaptedLinear], peft_config: LoraConfig, seed: int):
+        self.model = model
+        self.layers = layers
+        self.peft_config = peft_config
+        self.seed = seed
+        self.device = next(iter(layers.values())).lora_A.device
+        self.slices: list[tuple[AdaptedLinear, slice, slice]] = []
+        """For each layer, where zA (r, in) and zB (r, out) lie in a flat vector of directions."""
+        start = 0
+        for layer in layers.values():
+            middle = start + layer.lora_A.numel()
+            stop = middle + layer.lora_B.numel()
+            self.slices.append((layer, slice(start, middle), slice(middle, stop)))
+            start = stop
+        self.size = start
+        """Trainable parameters: the dimension of a direction."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the pair in training."""
+        return next(iter(self.layers.values())).lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return next(iter(self.layers.values())).scaling
+
+    @property
+    def boosters(self) -> int:
+        """Frozen rank-1 pairs in the stack."""
+        return next(iter(self.layers.values())).booster_A.shape[0]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The pairs in training, A and B of each layer."""
+        for layer in self.layers.values():
+            yield layer.lora_A
+            yield layer.lora_B
+
+    @torch.no_grad()
+    def new_pair(self, number: int) -> None:
+        """Start pair ``number`` (0, 1, ...): A Kaiming-uniform with a = sqrt(5), B zero, drawn from (seed, number)."""
+        draw = generator(self.seed, "pair", number)
+        for layer in self.layers.values():
+            fresh = torch.empty(layer.lora_A.shape)
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=draw)
+            layer.lora_A.copy_(fresh)
+            layer.lora_B.zero_()
+
+    @torch.no_grad()
+    def freeze_pair(self) -> None:
+        """Append the pair in training to the frozen stack as it is, float32; the pair itself stays untouched."""
+        for layer in self.layers.values():
+            layer.booster_A = torch.cat([layer.booster_A, layer.lora_A])
+            layer.booster_B = torch.cat([layer.booster_B, layer.lora_B], dim=1)
+
+    @contextmanager
+    def probing(self, probe: Probe) -> Iterator[None]:
+        """Evaluate the perturbed pairs of ``probe`` in every forward inside the block."""
+        count = probe.directions.shape[0]
+        for layer, a, b in self.slices:
+            z_A = probe.directions[:, a].view(count, -1, layer.in_features)
+            z_B = probe.directions[:, b].view(count, -1, layer.out_features)
+            layer.probe = (z_A, z_B, probe.select)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.probe = None
+
+    @torch.no_grad()
+    def accumulate_gradient(self, gradient: Tensor) -> None:
+        """Add a flat gradient (parameters,), laid out like a direction, to ``.grad`` of the pairs."""
+        for layer, a, b in self.slices:
+            for parameter, part in (
+                (layer.lora_A, gradient[a].view_as(layer.lora_A)),
+                (layer.lora_B, gradient[b].view(-1, layer.out_features).T),
+            ):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad += part
+
+    def detach(self) -> None:
+        """Put the base layers back; the model is what it was before :func:`attach`."""
+        for name, layer in self.layers.items():
+            _replace(self.model, name, layer.base_layer)
+
+
+def attach(
+    model: PreTrainedModel,
+    rank: int = 1,
+    alpha: float = 16,
+    target_modules: Sequence[str] | str | None = None,
+    seed: int = 0,
+    xgblora: bool = False,
+) -> Adapters:
+    """Freeze ``model`` and put adapters on its target layers, in place.
+
+    ``target_modules``: names of layers (or one regular expression) as PEFT understands them; None takes PEFT's
+    default for the architecture (q and v projections). ``seed`` decides the first A of every pair. With ``xgblora``
+    the rank is 1, whatever was asked for. Raises :class:`XgbloraError` where no layer matches, one that matches
+    is not linear, or the rank is below 1.
+    """
+    if rank < 1:
+        raise XgbloraError(f"the rank of an adapter must be at least 1, got {rank}")
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise XgbloraError("the model has adapters already: detach them first")
+    if xgblora and rank != 1:
+        warn_rank(rank)
+        rank = 1
+    peft_config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_targets(model, target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config._name_or_path or None,
+    )
+    matches = {name: m for name, m in model.named_modules() if check_target_module_exists(peft_config, name)}
+    if not matches:
+        raise XgbloraError(f"no layer of {type(model).__name__} is named {_show(peft_config)}; {_suggest(model)}")
+    for name, module in matches.items():
+        if _shape_or_none(module) is None or module is model.get_output_embeddings():
+            raise XgbloraError(
+                f"{name} is a {type(module).__name__}: only linear layers below the output head take adapters; "
+                + _suggest(model)
+            )
+    peft_config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in matches.values())
+    model.requires_grad_(False)
+    logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", rank, alpha, xgblora)
+    layers = {}
+    device = next(model.parameters()).device
+    for name, module in matches.items():
+        layers[name] = AdaptedLinear(module, rank, alpha / rank, device)
+        _replace(model, name, layers[name])
+    adapters = Adapters(model, layers, peft_config, seed)
+    adapters.new_pair(0)
+    return adapters
+
+
+def _targets(model: PreTrainedModel, asked: Sequence[str] | str | None) -> list[str] | str:
+    if asked:
+        return asked if isinstance(asked, str) else list(asked)
+    kind = model.config.model_type
+    try:
+        targets: list[str] | str = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind]
+    except KeyError:
+        raise XgbloraError(f"no default layers are known for the architecture {kind!r}; {_suggest(model)}") from None
+    return targets
+
+
+def _show(peft_config: LoraConfig) -> str:
+    targets = peft_config.target_modules
+    return targets if isinstance(targets, str) else " or ".join(sorted(targets))
+
+
+def _suggest(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is not head and _shape_or_none(m)}
+    return "give --lora_target_modules, here one or more of: " + ", ".join(sorted(names))
+
+
+def _shape_or_none(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    size = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return size if isinstance(size[0], int) and isinstance(size[1], int) else None  # type: ignore[return-value]
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    shape = _shape_or_none(module)
+    assert shape is not None  # attach has looked
+    return shape
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

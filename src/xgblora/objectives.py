@@ -1,0 +1,44 @@
+"""Losses of a batch, one float32 number an example: what both the estimator and backpropagation minimise."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xgblora.packing import Batch, head_logits, read_hidden
+
+Objective = Callable[[PreTrainedModel, Batch], Tensor]
+"""(model, batch) -> losses (segments,) float32; write your own to train on anything a forward pass can score."""
+
+
+def option_scores(model: PreTrainedModel, batch: Batch, normalised: bool = False) -> Tensor:
+    """Mean token log-probability of each option: (segments, max_options) float32, -inf where there is none.
+
+    When every option is a single token and ``normalised`` is False, the logits of these tokens alone are taken:
+    the log-softmax over the vocabulary would subtract the same number from all options of an example.
+    """
+    hidden = read_hidden(model, batch)
+    if batch.single_token and not normalised:
+        rows, column = torch.unique(batch.target, return_inverse=True)
+        logits = head_logits(model, hidden, rows)
+        token_scores = logits[batch.target_read, column]
+    else:
+        logits = head_logits(model, hidden, None)
+        token_scores = logits[batch.target_read, batch.target] - torch.logsumexp(logits, dim=1)[batch.target_read]
+    options = batch.option_cell.numel()
+    total = token_scores.new_zeros(options).index_add(0, batch.target_option, token_scores)
+    mean = total / torch.bincount(batch.target_option, minlength=options)
+    cells = mean.new_full((batch.segments * batch.max_options,), -torch.inf)
+    return cells.index_copy(0, batch.option_cell, mean).view(batch.segments, batch.max_options)
+
+
+def classification_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy of the correct option among all options, by their mean token log-probabilities (MeZO, B.2)."""
+    return F.cross_entropy(option_scores(model, batch), batch.label, reduction="none")
+
+
+def language_model_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Mean negative log-probability of the correct option's tokens (and the prompt's where the examples say so)."""
+    return -option_scores(model, batch, normalised=True).gather(1, batch.label[:, None])[:, 0]

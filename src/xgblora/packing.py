@@ -1,0 +1,379 @@
+"""Batches of real tokens: many prompts with their options in one row, and the attention that keeps them apart.
+
+A *segment* is one example: its prompt, followed by the tokens of each option that are fed to the model (all but an
+option's last, which nothing reads). Options are branches of a tree: each sees the prompt and itself, never another
+option, and its positions go on from the prompt's. So a prompt is computed once, however many options it has, and
+options of one token cost nothing. Models that cannot run this (:func:`choose_route` measures it) get padded rows.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from xgblora.errors import XgbloraError
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION = "xgblora_packed"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example.
+
+    ``prompt``: token ids. ``options``: token ids of each candidate answer (none empty). ``label``: index of the
+    correct one. ``score_prompt``: count the prompt's own tokens, too, in the options' log-probabilities.
+    """
+
+    prompt: Sequence[int]
+    options: Sequence[Sequence[int]]
+    label: int
+    score_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as tensors, packed into one row or padded into several. Integer tensors, all on one device.
+
+    The *grid* is the (rows, longest) rectangle in which attention pads; a packed batch holds only the ``tokens``
+    of it that are real, a padded batch all of it.
+    """
+
+    input_ids: Tensor
+    """(1, tokens) packed, (rows, longest) padded."""
+    position_ids: Tensor
+    """Same shape: position of a token in its own prompt + option."""
+    slot: Tensor
+    """(tokens,) place of each real token in the flattened grid."""
+    branch: Tensor
+    """(tokens,) 0 for a prompt's token, 1, 2, ... for those of its options."""
+    token_segment: Tensor
+    """(positions,) the example that each position of the flattened ``input_ids`` belongs to."""
+    read: Tensor
+    """(reads,) positions of the flattened ``input_ids`` whose hidden state predicts something."""
+    target_read: Tensor
+    """(targets,) which read predicts this target token."""
+    target: Tensor
+    """(targets,) token id to be predicted."""
+    target_option: Tensor
+    """(targets,) running number of the option that the target belongs to."""
+    option_cell: Tensor
+    """(options,) segment x max_options + place of the option in its example."""
+    label: Tensor
+    """(segments,) place of the correct option."""
+    segments: int
+    rows: int
+    longest: int
+    max_options: int
+    packed: bool
+    forked: bool
+    """Some option has tokens of its own in the batch, so attention needs the tree mask."""
+    single_token: bool
+    """Every option is one token: scores may leave out the log-softmax, whose constant cancels between options."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return self.slot.numel()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on ``device``."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+    def repeat(self, times: int) -> "Batch":
+        """The batch ``times`` over, as more segments of one batch; segment s of copy k becomes k * segments + s."""
+        if times == 1:
+            return self
+
+        def tile(index: Tensor, step: int) -> Tensor:
+            return (index + step * torch.arange(times, device=index.device)[:, None]).reshape(-1)
+
+        positions = self.input_ids.numel()
+        shape = (1, times) if self.packed else (times, 1)
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(shape),
+            position_ids=self.position_ids.repeat(shape),
+            slot=tile(self.slot, self.rows * self.longest),
+            branch=self.branch.repeat(times),
+            token_segment=tile(self.token_segment, self.segments),
+            read=tile(self.read, positions),
+            target_read=tile(self.target_read, self.read.numel()),
+            target=self.target.repeat(times),
+            target_option=tile(self.target_option, self.option_cell.numel()),
+            option_cell=tile(self.option_cell, self.segments * self.max_options),
+            label=self.label.repeat(times),
+            segments=self.segments * times,
+            rows=self.rows * times,
+        )
+
+
+def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
+    """Lay examples out as a :class:`Batch`; ``packed`` as :func:`choose_route` found."""
+    rows: list[list[int]] = []  # token ids of each row of the grid
+    positions: list[list[int]] = []
+    branches: list[list[int]] = []
+    row_segment: list[int] = []
+    reads: dict[tuple[int, int], int] = {}  # (row, column) of each hidden state to read
+    target_read: list[int] = []
+    target: list[int] = []
+    target_option: list[int] = []
+    option_cell: list[int] = []
+    max_options = max(len(e.options) for e in examples)
+
+    def new_row(segment: int, prompt: Sequence[int]) -> int:
+        rows.append(list(prompt))
+        positions.append(list(range(len(prompt))))
+        branches.append([0] * len(prompt))
+        row_segment.append(segment)
+        return len(rows) - 1
+
+    for segment, example in enumerate(examples):
+        prompt = len(example.prompt)
+        row = -1
+        for place, option in enumerate(example.options):
+            # A padded row has one option only: without the tree mask a second one would see the first.
+            if row < 0 or (not packed and (len(option) > 1 or len(rows[row]) > prompt)):
+                row = new_row(segment, example.prompt)
+            number = len(option_cell)
+            option_cell.append(segment * max_options + place)
+            start = len(rows[row])  # column of the option's first fed token
+            rows[row] += option[:-1]
+            positions[row] += range(prompt, prompt + len(option) - 1)
+            branches[row] += [place + 1] * (len(option) - 1)
+            columns = [prompt - 1, *range(start, start + len(option) - 1)]
+            wanted = list(option)
+            if example.score_prompt:
+                columns = [*range(prompt - 1), *columns]
+                wanted = [*example.prompt[1:], *wanted]
+            for column, token in zip(columns, wanted, strict=True):
+                target_read.append(reads.setdefault((row, column), len(reads)))
+                target.append(token)
+                target_option.append(number)
+
+    longest = max(len(row) for row in rows)
+    lengths = torch.tensor([len(row) for row in rows])
+    segment_of_row = torch.tensor(row_segment)
+    column = torch.cat([torch.arange(len(row)) for row in rows])
+    slot = torch.repeat_interleave(torch.arange(len(rows)), lengths) * longest + column
+    flat_ids = torch.tensor([token for row in rows for token in row])
+    flat_positions = torch.tensor([position for row in positions for position in row])
+    read = torch.tensor([row * longest + column for row, column in reads])
+    if packed:
+        place_in_row = torch.full((len(rows) * longest,), -1)
+        place_in_row[slot] = torch.arange(len(slot))
+        read = place_in_row[read]
+        input_ids, position_ids = flat_ids[None], flat_positions[None]
+        token_segment = torch.repeat_interleave(segment_of_row, lengths)
+    else:
+        input_ids = torch.zeros(len(rows) * longest, dtype=torch.long)
+        input_ids[slot] = flat_ids  # right padding with token 0: causal attention never looks to the right
+        input_ids = input_ids.view(len(rows), longest)
+        position_ids = torch.arange(longest).repeat(len(rows), 1)
+        token_segment = segment_of_row.repeat_interleave(longest)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        slot=slot,
+        branch=torch.tensor([branch for row in branches for branch in row]),
+        token_segment=token_segment,
+        read=read,
+        target_read=torch.tensor(target_read),
+        target=torch.tensor(target),
+        target_option=torch.tensor(target_option),
+        option_cell=torch.tensor(option_cell),
+        label=torch.tensor([e.label for e in examples]),
+        segments=len(examples),
+        rows=len(rows),
+        longest=longest,
+        max_options=max_options,
+        packed=packed,
+        forked=any(len(o) > 1 for e in examples for o in e.options),
+        single_token=all(len(o) == 1 for e in examples for o in e.options)
+        and not any(e.score_prompt for e in examples),
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the packed attention needs of a batch; travels through the model's keyword arguments."""
+
+    slot: Tensor
+    rows: int
+    longest: int
+    tree: Tensor | None
+    """(rows, longest, longest) True where a query may look, None for plain causal segments."""
+    distance: Tensor | None
+    """(rows, longest, longest) how many positions a key lies back; for sliding windows."""
+
+
+def _layout(batch: Batch) -> Layout:
+    tree = distance = None
+    if batch.forked:
+
+        def grid(values: Tensor) -> Tensor:
+            return (
+                values.new_full((batch.rows * batch.longest,), -1)
+                .index_copy_(0, batch.slot, values)
+                .view(batch.rows, -1)
+            )
+
+        branch, position = grid(batch.branch), grid(batch.position_ids[0])
+        same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        distance = position[:, :, None] - position[:, None, :]
+        # A padding position may look at itself alone: a row of nothing but False would give NaN.
+        itself = torch.eye(batch.longest, dtype=torch.bool, device=branch.device)
+        tree = (same & (distance >= 0) & (branch[:, None, :] >= 0)) | itself
+    return Layout(batch.slot, batch.rows, batch.longest, tree, distance)
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row: q, k, v are (1, heads, tokens, head_dim); returns (1, tokens, heads, head_dim).
+
+    Pads per segment inside the attention only. With right padding and a causal mask no real token ever looks at a
+    padded one, so plain segments need no mask at all.
+    """
+    layout: Layout = kwargs["xgblora_layout"]
+    if attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("packed attention knows no additive masks, soft caps or sinks")
+    cells = layout.rows * layout.longest
+
+    def pad(x: Tensor) -> Tensor:
+        out = x.new_zeros(cells, x.shape[1], x.shape[3])
+        out[layout.slot] = x[0].transpose(0, 1)
+        return out.view(layout.rows, layout.longest, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    mask = layout.tree
+    window = kwargs.get("sliding_window")
+    if window is not None and layout.longest > window:
+        distance = layout.distance
+        if distance is None:
+            steps = torch.arange(layout.longest, device=query.device)
+            distance = (steps[:, None] - steps[None, :])[None]
+        near = (distance >= 0) & (distance < window)
+        mask = near if mask is None else mask & near
+    out = F.scaled_dot_product_attention(
+        pad(query),
+        pad(key),
+        pad(value),
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).reshape(cells, query.shape[1], -1)[layout.slot][None], None
+
+
+AttentionInterface.register(_ATTENTION, _packed_attention)
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run with another attention; outside, the model is as its user left it (generation works as ever)."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def read_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states at the positions that predict something: (reads, hidden), in the base's dtype."""
+    if batch.packed:
+        with _attention(model, _ATTENTION):
+            hidden = model.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                xgblora_layout=_layout(batch),
+            ).last_hidden_state
+    else:
+        real = torch.zeros(batch.input_ids.numel(), dtype=torch.long, device=batch.slot.device)
+        real[batch.slot] = 1
+        hidden = model.base_model(
+            input_ids=batch.input_ids, attention_mask=real.view_as(batch.input_ids), use_cache=False
+        ).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])[batch.read]
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """Logits of the wanted vocabulary rows (None = all): (reads, rows), float32 from float32 products."""
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+    return _finish_logits(model, logits)
+
+
+def _finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What some architectures do to logits after the head, read from their configuration."""
+    config = model.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def choose_route(model: PreTrainedModel) -> bool:
+    """Whether this model can run packed batches. Measured, not guessed from its name.
+
+    Three short sequences of token ids, one of them with options of several tokens, go through the model one by one
+    as it ships and then packed; logits that differ by more than rounding mean padded rows from then on, and the log
+    says so. Costs a few short forwards. Raises
+    :class:`XgbloraError` where even padded rows differ.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(vocabulary, (n,), generator=draw).tolist()
+
+    examples = [Example(tokens(5), [tokens(1), tokens(1)], 0), Example(tokens(12), [tokens(3), tokens(2)], 0)]
+    examples.append(Example(tokens(8), [tokens(1), tokens(4)], 0))
+    wanted = []
+    for example in examples:
+        for option in example.options:
+            row = torch.tensor([[*example.prompt, *option[:-1]]], device=device)
+            wanted.append(model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :].float())
+    expected = torch.cat(wanted)
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1  # half precision rounds much more
+    reason = ""
+    for packed in (True, False):
+        batch = build_batch(examples, packed).to(device)
+        try:
+            found = head_logits(model, read_hidden(model, batch), None)[batch.target_read]
+        except Exception as error:  # whatever a foreign architecture raises: it cannot take this form
+            reason = " ".join(str(error).split())[:100]
+            continue
+        # Root mean square over the vocabulary, worst position: a token that sees wrong neighbours is off by about 1.
+        difference = ((found - expected).std(dim=1) / expected.std(dim=1)).max()
+        if difference <= tolerance:
+            if not packed:
+                logger.info("%s cannot run packed batches (%s): padded rows are used", type(model).__name__, reason)
+            return packed
+        reason = f"logits differ by {difference:.2g} of their spread"
+    raise XgbloraError(f"{type(model).__name__} is not supported: its logits are not head(hidden states) ({reason})")

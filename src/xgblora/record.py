@@ -1,0 +1,105 @@
+"""What a run leaves behind: the lines of its curves, its time and its memory."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from xgblora.boosters import Ledger
+from xgblora.config import RunConfig
+
+TRAINING_LOSS = "training_loss.jsonl"
+EVAL_LOSS = "eval_loss.jsonl"
+
+
+class CurveRecorder(TrainerCallback):
+    """Appends every logged training loss and every evaluation to the run's JSONL files, and times the steps."""
+
+    def __init__(self, folder: Path, ledger: Ledger) -> None:
+        self.folder = folder
+        self.ledger = ledger
+        self.step_seconds: list[float] = []
+        self._started = 0.0
+
+    def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A resumed run takes up its curves at the checkpoint: no step may stand in a file twice.
+        for name in (TRAINING_LOSS, EVAL_LOSS):
+            path = self.folder / name
+            kept = [line for line in read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
+            path.write_text("".join(_line(entry) for entry in kept), encoding="utf-8", newline="\n")
+
+    def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.step_seconds.append(time.perf_counter() - self._started)
+
+    def on_log(
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        entry = {"step": state.global_step, "loss": logs["loss"], "epoch": state.epoch}
+        self._append(TRAINING_LOSS, entry | {"learning_rate": logs["learning_rate"]})
+
+    def on_evaluate(
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        boosters = self.ledger.boosters
+        entry = {
+            "step": state.global_step,
+            "eval_loss": metrics["eval_loss"],
+            "eval_accuracy": metrics["eval_accuracy"],
+            "epoch": state.epoch,
+            "boosters": len(boosters),
+            "merge": bool(boosters) and boosters[-1].step == state.global_step,
+        }
+        self._append(EVAL_LOSS, entry)
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8", newline="\n") as file:
+            file.write(_line(entry))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The entries of a JSONL file; a last line that a killed run left unfinished is dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
+
+
+class PeakMemory:
+    """Peak memory of a part of this process, in MB: of the GPU where one is used, else resident.
+
+    Linux can start its count anew; elsewhere the figure is the process's peak so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif (reset := Path("/proc/self/clear_refs")).exists():
+            try:
+                reset.write_text("5", encoding="ascii")
+            except OSError:
+                pass
+
+    def read(self) -> float:
+        """Megabytes (2^20 bytes) at the peak since this object was made."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        status = Path("/proc/self/status")
+        if status.exists():
+            for line in status.read_text(encoding="ascii").splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 1024
+        memory = psutil.Process().memory_info()
+        peak: int = getattr(memory, "peak_wset", memory.rss)
+        return peak / 2**20

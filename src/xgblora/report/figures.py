@@ -1,0 +1,135 @@
+"""The figures of a comparison, readable at first sight: one colour a method, thin lines for seeds, bold for means."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from xgblora.files import write_atomically
+from xgblora.report.curves import Curves
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe & Ito: told apart by colour-blind readers too
+STYLES = ("-", "--", "-.", ":")  # identical curves stay visible on top of each other
+
+
+def draw_loss(runs: Sequence[Curves], path: Path) -> None:
+    """Training loss over steps: seeds thin, running mean over all seeds bold, merges as ticks on the axis."""
+    figure, axes = _canvas("Training loss", "step", "loss (mean of both probes, nats)", runs)
+    for number, (label, group) in enumerate(_by_label(runs).items()):
+        colour, style = COLOURS[number % 4], STYLES[number % 4]
+        for run in group:
+            axes.plot(_column(run.loss, "step"), _column(run.loss, "loss"), color=colour, alpha=0.25, linewidth=0.8)
+        shared = min(len(run.loss) for run in group)
+        if shared:
+            mean = np.mean([_column(run.loss, "loss")[:shared] for run in group], axis=0)
+            window = max(1, shared // 20)
+            smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+            steps = _column(group[0].loss, "step")[window - 1 : shared]
+            name = f"{label}, mean of {len(group)} seed(s)" + (f", running over {window} points" if window > 1 else "")
+            axes.plot(steps, smooth, style, color=colour, linewidth=2.4, label=name)
+        for run in group:
+            axes.plot(run.merges, [0.015] * len(run.merges), "|", color=colour, markersize=12, markeredgewidth=1.6,
+                      transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
+    _finish(figure, axes, path, merges=any(run.merges for run in runs))
+
+
+def draw_eval(runs: Sequence[Curves], path: Path) -> None:
+    """Accuracy on the dev rows over steps, with merges marked; the dashed line is the model before training."""
+    figure, axes = _canvas("Accuracy on the development rows", "step", "accuracy (%)", runs)
+    for number, (label, group) in enumerate(_by_label(runs).items()):
+        for run in group:
+            axes.plot(_column(run.evals, "step"), 100 * _column(run.evals, "eval_accuracy"), "o-", markersize=3,
+                      color=COLOURS[number % 4], alpha=0.8, label=label if run is group[0] else None)  # fmt: skip
+            at_merge = [line for line in run.evals if line["merge"]]
+            axes.plot(_column(at_merge, "step"), 100 * _column(at_merge, "eval_accuracy"), "D", markersize=7,
+                      color=COLOURS[number % 4])  # fmt: skip
+    _finish(figure, axes, path, merges=any(run.merges for run in runs), merge_marker="D")
+
+
+def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
+    """Dev loss and accuracy after each booster, in order: what every booster added."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, column, factor, title in (
+        (panels[0], "eval_accuracy", 100, "accuracy (%)"),
+        (panels[1], "eval_loss", 1, "loss (nats)"),
+    ):
+        for number, (label, group) in enumerate(_by_label(runs).items()):
+            for run in group:
+                points = [line for line in run.evals if line["merge"]] + run.evals[-1:]
+                boosters = np.arange(1, len(points) + 1)
+                axes.plot(boosters, factor * _column(points, column), "o-", color=COLOURS[number % 4], alpha=0.8,
+                          label=label if run is group[0] else None)  # fmt: skip
+        axes.set(title=f"Development {title} after each booster", xlabel="boosters", ylabel=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    _save(figure, path)
+
+
+def draw_summary(runs: Sequence[Curves], path: Path) -> None:
+    """Held-out accuracy against zero-shot, and seconds a step: mean over seeds, bars of one standard deviation."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    groups = _by_label(runs)
+    for number, (label, group) in enumerate(groups.items()):
+        for axes, name, factor, form in (
+            (left, "accuracy", 100, "{:.1f} %"),
+            (right, "seconds_per_step", 1, "{:.3g} s"),
+        ):
+            values = factor * np.array([run.metrics[name] for run in group], dtype=float)
+            spread = values.std(ddof=1) if len(values) > 1 else 0
+            axes.bar(label, values.mean(), yerr=spread, color=COLOURS[number % 4], capsize=6, width=0.6)
+            axes.plot([label] * len(values), values, "o", color="black", markersize=3, alpha=0.6)
+            text = form.format(values.mean()) + (f" ± {spread:.2g}" if len(values) > 1 else "")
+            axes.annotate(text, (label, values.mean() + spread), (0, 4), textcoords="offset points", ha="center")
+    zero_shot = 100 * float(np.mean([run.metrics["zero_shot_accuracy"] for run in runs]))
+    left.axhline(zero_shot, color="grey", linestyle="--", label=f"zero-shot {zero_shot:.1f} %")
+    rows = runs[0].metrics
+    left.set(title=f"Accuracy on {rows['rows']['evaluation']} held-out {rows['evaluation_split']} rows "
+             f"({rows['task']})", ylabel="accuracy (%)", ylim=(0, 105))  # fmt: skip
+    left.legend(loc="lower right")
+    right.set(title="Time of a training step (median)", ylabel="seconds")
+    right.margins(y=0.15)
+    _save(figure, path)
+
+
+def _by_label(runs: Sequence[Curves]) -> dict[str, list[Curves]]:
+    groups: dict[str, list[Curves]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def _column(lines: Sequence[dict[str, float]], name: str) -> np.ndarray:
+    return np.array([line[name] for line in lines], dtype=float)
+
+
+def _canvas(title: str, x: str, y: str, runs: Sequence[Curves]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    model = Path(str(runs[0].metrics["model"])).name
+    axes.set(title=f"{title}: {model} on {runs[0].metrics['task']}", xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes, path: Path, merges: bool, merge_marker: str = "|") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if merges:
+        handles.append(Line2D([], [], color="black", marker=merge_marker, linestyle="", markersize=8))
+        labels.append("merge: a booster is frozen")
+    if handles:
+        axes.legend(handles, labels)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    kind = path.suffix.lstrip(".").lower() or "png"
+    FigureCanvasAgg(figure)
+    write_atomically(path, lambda work: figure.savefig(work, dpi=130, format=kind))

@@ -1,0 +1,213 @@
+"""One run from configuration to files: model, task, training, evaluation, metrics."""
+
+import json
+import logging
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from xgblora.adapters import attach
+from xgblora.config import RunConfig, banner, identity, notes
+from xgblora.errors import XgbloraError
+from xgblora.evaluation import Evaluation, evaluate
+from xgblora.files import write_json
+from xgblora.models import context_length, load_model
+from xgblora.packing import Example, choose_route
+from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
+from xgblora.tasks import encode, get_task, load_splits, sample
+from xgblora.trainer import Trainer, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+CONFIG = "config.json"
+
+
+class Workspace:
+    """The base model and the tokenised rows, loaded once and shared by runs that want the same."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.task = get_task(config.task_name)
+        splits = load_splits(self.task, config.data_dir)
+        samples = sample(splits, config.num_train, config.num_dev, config.num_eval, config.train_set_seed)
+        self.model, self.tokenizer = load_model(config.model_name, config.dtype)
+        self.model.to(config.device)
+        self.packed = choose_route(self.model)
+        self.classification = (
+            self.task.classification if config.train_as_classification is None else config.train_as_classification
+        )
+        length = min(config.max_length, context_length(self.model) or config.max_length)
+        score_prompt = not self.classification and not config.only_train_option
+
+        def encoded(rows: Any) -> list[Example]:
+            return encode(self.task, rows, self.tokenizer, length, score_prompt)
+
+        self.train, self.dev, self.eval = encoded(samples.train), encoded(samples.dev), encoded(samples.eval)
+        self.eval_split = samples.eval_split
+        self._zero_shot: tuple[Evaluation, Evaluation | None] | None = None
+
+    def scores(self, config: RunConfig, what: str) -> tuple[Evaluation, Evaluation | None]:
+        """The model as it is now, on the evaluation rows and (None without any) on the dev rows."""
+
+        def score(rows: list[Example], name: str) -> Evaluation:
+            progress = None if config.disable_tqdm else f"{what}, {len(rows)} {name} rows"
+            size = config.per_device_eval_batch_size
+            return evaluate(self.model, rows, self.packed, size, self.classification, progress)
+
+        return score(self.eval, self.eval_split), score(self.dev, "dev") if self.dev else None
+
+    def zero_shot(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
+        """The bare model's scores, taken once."""
+        if self._zero_shot is None:
+            self._zero_shot = self.scores(config, "zero-shot")
+        return self._zero_shot
+
+
+def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]:
+    """Carry out one run, or resume it, or return the metrics it already has; see :func:`prepare_folder`.
+
+    ``workspace`` saves loading model and data again. Returns the content of ``metrics.json``.
+    """
+    folder = Path(config.output_dir)
+    if (finished := finished_metrics(config)) is not None:
+        logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
+        return finished
+    if workspace is None:
+        workspace = Workspace(config)
+    config.train_as_classification = workspace.classification
+    prepare_folder(config)
+    set_seed(config.seed)
+    zero_shot, zero_shot_dev = workspace.zero_shot(config)
+    metrics: dict[str, Any] = {
+        "method": "zero-shot" if config.trainer == "none" else config.method,
+        "trainer": config.trainer,
+        "seed": config.seed,
+        "model": config.model_name,
+        "task": workspace.task.name,
+        "evaluation_split": workspace.eval_split,
+        "rows": {"train": len(workspace.train), "dev": len(workspace.dev), "evaluation": len(workspace.eval)},
+        "zero_shot_accuracy": zero_shot.accuracy,
+        "zero_shot_loss": zero_shot.loss,
+    }
+    if config.trainer == "none":
+        final, dev = zero_shot, zero_shot_dev
+        work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0, "forward_tokens": 0}
+    else:
+        work, (final, dev) = _train(config, workspace, folder)
+    metrics |= {
+        "accuracy": final.accuracy,
+        "eval_loss": final.loss,
+        "gain": final.accuracy - zero_shot.accuracy,
+        "dev_accuracy": dev.accuracy if dev else None,
+        "dev_loss": dev.loss if dev else None,
+    }
+    metrics |= work
+    write_json(folder / METRICS, metrics)  # last: it is what makes a run complete
+    if config.result_file:
+        write_json(Path(config.result_file), metrics)
+    return metrics
+
+
+def _train(
+    config: RunConfig, workspace: Workspace, folder: Path
+) -> tuple[dict[str, Any], tuple[Evaluation, Evaluation | None]]:
+    for line in banner(config):
+        logger.info(line)
+    for note in notes(config):
+        logger.info("Note: %s", note)
+    adapters = attach(
+        workspace.model,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+        xgblora=config.xgblora,
+    )
+    try:
+        trainer = Trainer(
+            model=workspace.model,
+            args=config,
+            adapters=adapters,
+            train_dataset=workspace.train,
+            eval_dataset=workspace.dev,
+            packed=workspace.packed,
+        )
+        recorder = CurveRecorder(folder, trainer.ledger)
+        trainer.add_callback(recorder)
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is not None:
+            logger.info("Resuming from %s", checkpoint)
+        memory = PeakMemory(config.device)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        peak = memory.read()
+        trainer.ledger.save(folder / "adapter")
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        work = {
+            "merges": len(trainer.ledger.boosters),
+            "merge_steps": [booster.step for booster in trainer.ledger.boosters],
+            "boosters": len(trainer.ledger.boosters) + 1 if config.xgblora else 0,
+            "steps": trainer.state.global_step,
+            "forward_passes": trainer.ledger.forward_passes,
+            "forward_tokens": trainer.ledger.forward_tokens,
+            "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
+            "training_seconds": sum(recorder.step_seconds),
+            "peak_memory_mb": peak,
+            "trainable_parameters": adapters.size,
+        }
+        return work, workspace.scores(config, "trained")
+    finally:
+        adapters.detach()
+
+
+def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
+    """The metrics of this very run where its folder holds them. Raises as :func:`prepare_folder` does."""
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir or not (folder / METRICS).is_file():
+        return None
+    _refuse_other_run(config, folder)
+    metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    return metrics
+
+
+def prepare_folder(config: RunConfig) -> None:
+    """Make ``output_dir`` ready for this run and write its ``config.json``.
+
+    A folder that holds an unfinished run of the same configuration is kept, to be resumed. Raises
+    :class:`XgbloraError` where it holds a different run or foreign files, unless ``overwrite_output_dir``.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir:
+        for name in (METRICS, CONFIG, TRAINING_LOSS, EVAL_LOSS, "trainer_state.json"):
+            (folder / name).unlink(missing_ok=True)
+        for old in [folder / "adapter", *folder.glob("checkpoint-*")]:
+            shutil.rmtree(old, ignore_errors=True)
+    elif folder.exists():
+        _refuse_other_run(config, folder)
+    if folder.exists() and not folder.is_dir():
+        raise XgbloraError(f"{folder} is a file: choose another --output_dir")
+    write_json(folder / CONFIG, config.resolved())
+
+
+def _refuse_other_run(config: RunConfig, folder: Path) -> None:
+    file = folder / CONFIG
+    if not file.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise XgbloraError(f"{folder} holds files of something else: choose another --output_dir")
+        return
+    try:
+        there = identity(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise XgbloraError(f"{file} is damaged: use --overwrite_output_dir to start again") from error
+    ours = config.identity()
+    if config.train_as_classification is None:  # resolved by the task when the run began
+        there["train_as_classification"] = None
+    different = sorted(name for name in ours.keys() | there.keys() if ours.get(name) != there.get(name))
+    if different:
+        shown = ", ".join(f"{n} {there.get(n)} -> {ours.get(n)}" for n in different[:3])
+        raise XgbloraError(
+            f"{folder} holds a run of another configuration ({shown}): choose another --output_dir, or "
+            "--overwrite_output_dir to replace it"
+        )

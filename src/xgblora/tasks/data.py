@@ -1,0 +1,121 @@
+"""The rows of a run: a task's own splits or the user's files, checked, then sampled into train, dev and eval."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+
+from xgblora.errors import XgbloraError
+from xgblora.randomness import generator
+from xgblora.tasks.task import SPLITS, Task
+
+logger = logging.getLogger(__name__)
+
+_READERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of one run, disjoint: ``dev`` comes out of the train split beside ``train``."""
+
+    train: Dataset
+    dev: Dataset
+    eval: Dataset
+    eval_split: str
+    """The split that ``eval`` was sampled from: test where there is one, else validation."""
+
+
+def load_splits(task: Task, data_dir: str | None) -> Mapping[str, Dataset]:
+    """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
+    if data_dir is not None:
+        splits = _read_folder(Path(data_dir), task)
+    else:
+        try:
+            splits = task.source()
+        except XgbloraError:
+            raise
+        except Exception as error:  # no network, unknown data set, broken cache: many kinds, one remedy
+            raise XgbloraError(
+                f"cannot load the data of {task.name}: {' '.join(str(error).split())[:200]} (--data_dir reads local files)"
+            ) from error
+    return splits
+
+
+def sample(splits: Mapping[str, Dataset], num_train: int, num_dev: int, num_eval: int, train_set_seed: int) -> Samples:
+    """Draw a run's rows.
+
+    Train and dev rows are the first and the next rows of one permutation of the train split by ``train_set_seed``;
+    where it has too few, both shrink alike. Eval rows are drawn by a fixed seed, equal for all runs.
+    """
+    train = splits["train"]
+    if len(train) < num_train + num_dev:
+        shrunk_dev = len(train) * num_dev // (num_train + num_dev)
+        logger.warning(
+            "the train split has %d rows, fewer than the %d + %d asked for: %d train and %d dev rows are used",
+            *(len(train), num_train, num_dev, len(train) - shrunk_dev, shrunk_dev),
+        )
+        num_train, num_dev = len(train) - shrunk_dev, shrunk_dev
+    order = torch.randperm(len(train), generator=generator(train_set_seed, "split", 1)).tolist()
+    eval_split = "test" if "test" in splits else "validation"
+    held_out = splits[eval_split]
+    eval_order = torch.randperm(len(held_out), generator=generator(0, "split", 2)).tolist()
+    return Samples(
+        train=train.select(order[:num_train]),
+        dev=train.select(order[num_train : num_train + num_dev]),
+        eval=held_out.select(eval_order[:num_eval]),
+        eval_split=eval_split,
+    )
+
+
+def _read_folder(folder: Path, task: Task) -> dict[str, Dataset]:
+    if not folder.is_dir():
+        raise XgbloraError(f"the data folder {folder} does not exist")
+    splits = {}
+    for split in SPLITS:
+        files = [path for ending in _READERS if (path := folder / f"{split}{ending}").is_file()]
+        if len(files) > 1:
+            raise XgbloraError(f"{folder} has several {split} files ({', '.join(f.name for f in files)}): keep one")
+        if files:
+            splits[split] = _read_file(files[0], task)
+    if "train" not in splits:
+        raise XgbloraError(f"{folder} has no train file (train.jsonl, train.csv or train.parquet)")
+    if len(splits) == 1:
+        raise XgbloraError(f"{folder} has neither a test nor a validation file to evaluate on (.jsonl, .csv, .parquet)")
+    return splits
+
+
+def _read_file(path: Path, task: Task) -> Dataset:
+    if path.stat().st_size == 0:
+        raise XgbloraError(f"{path} is empty")
+    try:
+        rows: Dataset = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # the readers behind datasets raise their own kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise XgbloraError(f"cannot read {path}: {' '.join(str(cause).split())[:200]}") from error
+    if len(rows) == 0:
+        raise XgbloraError(f"{path} has no rows")
+    for column in (task.text_column, task.label_column):
+        if column not in rows.column_names:
+            raise XgbloraError(
+                f"{path} has no column {column!r}, which {task.name} needs; it has: {', '.join(rows.column_names)}"
+            )
+    texts, labels = rows[task.text_column], rows[task.label_column]
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
+        if not isinstance(text, str) or not text.strip():
+            raise XgbloraError(f"{path}, row {number}: column {task.text_column!r} holds no text, but {text!r}")
+        if not _is_label(label, task):
+            raise XgbloraError(
+                f"{path}, row {number}: label {label!r} is not one of 0 to {len(task.options) - 1}, "
+                f"the options {', '.join(repr(o) for o in task.options)}"
+            )
+    return rows
+
+
+def _is_label(label: Any, task: Task) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(task.options)

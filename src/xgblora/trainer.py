@@ -1,0 +1,208 @@
+"""Training: transformers' Trainer with the step replaced, and the one callback that merges.
+
+The whole of a step, batch to update, is :meth:`Trainer.training_step` and what it calls in :mod:`xgblora.zo`; the
+optimizer, its schedule, logging, checkpoints, callbacks and resuming are transformers'.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+
+from xgblora.adapters import Adapters
+from xgblora.boosters import Ledger
+from xgblora.config import RunConfig
+from xgblora.errors import DivergedError, XgbloraError
+from xgblora.evaluation import evaluate
+from xgblora.objectives import Objective, classification_loss, language_model_loss
+from xgblora.packing import Batch, Example, build_batch, choose_route
+from xgblora.schedule import Schedule, resolve
+from xgblora.zo import direction_generators, estimate_batch
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer for adapters: zeroth-order (``args.trainer == "zo"``) or by backpropagation.
+
+    ``adapters`` come from :func:`xgblora.attach` on ``model``; the datasets are sequences of
+    :class:`xgblora.Example`. ``objective`` maps (model, batch) to one loss an example; by default it is the
+    options' cross-entropy, or the language-model loss with ``args.train_as_classification = False``.
+    The model always runs in eval mode: with dropout, the two probes of a direction would see different noise.
+    Raises :class:`DivergedError` at a NaN or infinite loss, before the step is applied.
+    """
+
+    args: RunConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: RunConfig,
+        adapters: Adapters,
+        train_dataset: Sequence[Example],
+        eval_dataset: Sequence[Example] | None = None,
+        objective: Objective | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        packed: bool | None = None,
+    ) -> None:
+        if args.trainer == "none":
+            raise XgbloraError("--trainer none does not train: evaluate instead")
+        if adapters.model is not model:
+            raise XgbloraError("the adapters belong to another model")
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split what is one packed row
+        if args.world_size > 1 and args.trainer == "zo":
+            raise XgbloraError("zeroth-order training runs in one process: start it without torchrun or accelerate")
+        self.adapters = adapters
+        self.ledger = Ledger(adapters)
+        self.classification = args.train_as_classification is not False
+        self.objective = objective or (classification_loss if self.classification else language_model_loss)
+        self.step_loss = float("nan")
+        """Mean loss of the step in progress, over its micro-batches."""
+        self._micro_batch = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_Collator(choose_route(model) if packed is None else packed),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[_Boosting(self), *(callbacks or [])],
+        )
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(_Progress)
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are packed rows (else padded ones)."""
+        return bool(self.data_collator.packed)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Write ``.grad`` of the pairs for one micro-batch; return its mean loss (both probes of it, for zo)."""
+        args, step = self.args, self.state.global_step
+        self.model.eval()
+        batch = Batch(**inputs).to(args.device)
+        share = 1 / self.current_gradient_accumulation_steps
+        if args.trainer == "zo":
+            draws = direction_generators(args.seed, step, self._micro_batch, args.zo_num_perturbations)
+            found = estimate_batch(self.adapters, self.objective, batch, draws, args.zo_eps, args.zo_directions)
+            loss = found.loss
+            self._check(loss)
+            self.adapters.accumulate_gradient(found.gradient * share)
+            passes = 2 * len(draws)
+        else:
+            differentiable = self.objective(self.model, batch).mean() * share
+            loss = differentiable.detach() / share
+            self._check(loss)
+            self.accelerator.backward(differentiable)
+            passes = 1
+        self.ledger.forward_passes += passes
+        self.ledger.forward_tokens += passes * batch.tokens
+        before = self.step_loss if self._micro_batch else 0.0
+        self.step_loss = before + loss.item() * share
+        self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
+        return loss * share
+
+    def _check(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, which was not applied: lower "
+                "--learning_rate or --zo_eps, or load the base in float32; the last checkpoint is kept"
+            )
+
+    def evaluate(
+        self,
+        eval_dataset: Sequence[Example] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Accuracy and loss on ``eval_dataset`` (default: the one given at the start)."""
+        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = evaluate(
+            self.model.eval(),
+            examples,
+            self.packed,
+            self.args.per_device_eval_batch_size,
+            self.classification,
+            progress=None if self.args.disable_tqdm else f"evaluating {len(examples)} examples",
+        )
+        metrics = {f"{metric_key_prefix}_loss": found.loss, f"{metric_key_prefix}_accuracy": found.accuracy}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the adapters alone, never the base."""
+        self.ledger.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.ledger.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.ledger.load(self.state.best_model_checkpoint)
+
+
+class _Collator:
+    """Examples to the tensors of a :class:`Batch`, as the plain dict that data loaders move about."""
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        return dict(vars(build_batch(examples, self.packed)))
+
+
+class _Boosting(TrainerCallback):
+    """Merges where the schedule says so, and nowhere else."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.schedule = Schedule(total_steps=1)
+
+    def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        batches = len(kwargs["train_dataloader"])
+        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        self.schedule = resolve(args, state.max_steps, steps_per_epoch)
+        if args.method == "xgblora":
+            expected = self.schedule.expected_merges
+            logger.info(
+                "Merge schedule: %s; expected merges: %s",
+                self.schedule.describe(),
+                "decided by the loss" if expected is None else expected,
+            )
+
+    def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ledger, step, loss = self.trainer.ledger, state.global_step, self.trainer.step_loss
+        ledger.patience, due = self.schedule.observe(ledger.patience, step, loss)
+        if not due:
+            return
+        place = self.schedule.place(step)
+        logger.info("XGBLoRA: Merging and reinitializing at %s", place)
+        ledger.merge(step, place, loss)
+        optimizer = kwargs["optimizer"]
+        for parameter in self.trainer.adapters.parameters():
+            optimizer.state.pop(parameter, None)
+        if args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
+class _Progress(ProgressCallback):
+    """The progress bar with the latest loss in it, in place of a line for every log."""
+
+    def on_log(
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint folder of a run."""
+    found = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    return Path(found) if found else None
