@@ -25,6 +25,9 @@ from xgblora.randomness import generator
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 16
+"""Rank-1 pairs evaluated in one product outside of probes."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -67,14 +70,24 @@ class AdaptedLinear(nn.Module):
         """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
         base = self.base_layer(x)
         rows = x.reshape(-1, self.in_features).float()
-        if self.probe is not None:
-            update = self._probed(rows, *self.probe)
-        elif self.booster_A.shape[0] == 0:
-            update = F.linear(F.linear(rows, self.lora_A), self.lora_B)
-        else:
-            stack_A = torch.cat([self.booster_A, self.lora_A])
-            update = F.linear(F.linear(rows, stack_A), torch.cat([self.booster_B, self.lora_B], dim=1))
+        update = self._stacked(rows) if self.probe is None else self._probed(rows, *self.probe)
         return (base + (self.scaling * update).view(base.shape)).to(base.dtype)
+
+    def _stacked(self, x: Tensor) -> Tensor:
+        """All boosters and the pair, in blocks of fixed width: (t, in) -> (t, out).
+
+        One wide product would be as right, but its summation order changes with its width: a merge would then tip
+        the last bit of an activation here and there, and a half-precision base makes that a visible difference.
+        With equal shapes before and after, the new pair adds exact zeros and a merge is bit-identical.
+        """
+        slots = self.booster_A.shape[0] + self.lora_A.shape[0]
+        empty = -slots % BLOCK
+        A = F.pad(torch.cat([self.booster_A, self.lora_A]), (0, 0, 0, empty))
+        B = F.pad(torch.cat([self.booster_B, self.lora_B], dim=1), (0, empty))
+        update = x.new_zeros(x.shape[0], self.out_features)
+        for block_A, block_B in zip(A.split(BLOCK), B.split(BLOCK, dim=1), strict=True):
+            update = torch.addmm(update, F.linear(x, block_A), block_B.T)
+        return update
 
     def _probed(self, x: Tensor, z_A: Tensor, z_B: Tensor, select: Tensor) -> Tensor:
         """B' A' x with each position's own A' and B'. Shapes: x (t, in), z_A (D, r, in), z_B (D, r, out).

@@ -12,7 +12,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from xgblora.adapters import Adapters, attach
-from xgblora.config import RunConfig, banner, changed, notes
+from xgblora.config import RunConfig, arm, banner, notes
 from xgblora.models import load_model, tiny_model
 from xgblora.randomness import generator
 from xgblora.schedule import resolve
@@ -37,24 +37,20 @@ def check(config: CheckConfig) -> bool:
     model = load_model(config.model_name, config.dtype)[0] if config.model_name else tiny_model()
     sound = True
     scalings = {}
-    arms = {
-        "lora": changed(config, lora=True, xgblora=False),
-        "xgblora": changed(config, lora=False, xgblora=True, lora_r=1),
-    }
-    for method, arm in arms.items():
+    arms = {"lora": arm(config, "lora"), "xgblora": arm(config, "xgblora")}
+    for method, each in arms.items():
         if config.mode not in ("both", method):
             continue
-        for line in banner(arm):
+        for line in banner(each):
             logger.info(line)
-        adapters = attach(model, arm.rank, arm.lora_alpha, arm.lora_target_modules, arm.seed, xgblora=arm.xgblora)
+        adapters = attach(model, each.rank, each.lora_alpha, each.lora_target_modules, each.seed, xgblora=each.xgblora)
         scalings[method] = adapters.scaling
         logger.info("  rank (r): %d", adapters.rank)
         logger.info("  alpha: %g", adapters.scaling * adapters.rank)
         logger.info("  scaling (alpha/r): %s", adapters.scaling)
         logger.info("  adapted layers: %d, trainable parameters: %s", len(adapters.layers), f"{adapters.size:,}")
-        for note in notes(arm):
-            if "without --xgblora" not in note:  # check gives the schedule's flags to both methods
-                logger.info("  Note: %s", note)
+        for note in notes(each):
+            logger.info("  Note: %s", note)
         lost = eps_lost(adapters, config.zo_eps)
         if lost > 0.5:
             logger.error("FAILED: --zo_eps %g is lost in float32 for %.0f %% of A: raise it", config.zo_eps, 100 * lost)

@@ -152,6 +152,8 @@ class RunConfig(TrainingArguments):
             self.output_dir = f"runs/{self.task_name}_{self.method}_seed{self.seed}"
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False
         if self.data_seed is None:
             self.data_seed = self.seed
         if self.no_auto_device:
@@ -172,9 +174,16 @@ class RunConfig(TrainingArguments):
             value = getattr(self, flag)
             if not (math.isfinite(value) and value > 0):
                 refuse(flag, "a positive number")
-        positive = ("zo_num_perturbations", "lora_r", "per_device_train_batch_size", "per_device_eval_batch_size")
-        positive += ("gradient_accumulation_steps", "num_train", "num_eval", "xgblora_patience")
-        for flag in positive:
+        for flag in (
+            "zo_num_perturbations",
+            "lora_r",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "num_train",
+            "num_eval",
+            "xgblora_patience",
+        ):
             if getattr(self, flag) < 1:
                 refuse(flag, "at least 1")
         for flag in (
@@ -265,6 +274,16 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     """A new plain :class:`RunConfig` with the settings of ``config`` (or of a subclass of it) and some changes."""
     names = [field.name for field in dataclasses.fields(RunConfig) if field.init]
     return RunConfig(**{name: getattr(config, name) for name in names} | changes)
+
+
+def arm(config: RunConfig, method: Literal["lora", "xgblora"], **changes: Any) -> RunConfig:
+    """``config`` as one method of a comparison. Rank and alpha are given to both methods, explicitly."""
+    if method == "xgblora":
+        own: dict[str, Any] = {"lora": False, "xgblora": True, "lora_r": 1}
+    else:
+        own = {"lora": True, "xgblora": False, "lora_r": config.lora_r}
+        own |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_use_adaptive_merge": False}
+    return changed(config, **own, lora_alpha=config.lora_alpha, **changes)
 
 
 def warn_rank(rank: int | None) -> None:

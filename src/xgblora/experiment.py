@@ -4,16 +4,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from xgblora.config import RunConfig, changed
+from xgblora.config import RunConfig, arm
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.report import Curves, draw_eval, draw_loss, draw_merge_eval, draw_summary, read_curves, summarise
 from xgblora.run import CONFIG, METRICS, Workspace, finished_metrics, run
 
 logger = logging.getLogger(__name__)
+
+Method = Literal["lora", "xgblora"]
 
 
 @dataclass
@@ -59,26 +62,17 @@ class Result:
     files: list[Path]
 
 
-def arms(config: ExperimentConfig, methods: Sequence[str]) -> list[RunConfig]:
-    """The configuration of every run. Rank, alpha and everything else are given to each arm explicitly."""
+def arms(config: ExperimentConfig, methods: Sequence[Method]) -> list[RunConfig]:
+    """The configuration of every run."""
     root = Path(str(config.output_root))
     return [
-        changed(
-            config,
-            lora=method == "lora",
-            xgblora=method == "xgblora",
-            lora_r=config.rank if method == "lora" else 1,
-            lora_alpha=config.lora_alpha,
-            seed=seed,
-            data_seed=seed,
-            output_dir=str(root / f"{method}_seed{seed}"),
-        )
+        arm(config, method, seed=seed, data_seed=seed, output_dir=str(root / f"{method}_seed{seed}"))
         for method in methods
         for seed in config.seeds
     ]
 
 
-def experiment(config: ExperimentConfig, methods: Sequence[str] = ("lora", "xgblora")) -> Result:
+def experiment(config: ExperimentConfig, methods: Sequence[Method] = ("lora", "xgblora")) -> Result:
     """Run every arm, then write ``summary.json`` and the figures.
 
     Finished runs of the same configuration are kept with ``skip_completed``, or when all are finished; a run of
@@ -86,8 +80,8 @@ def experiment(config: ExperimentConfig, methods: Sequence[str] = ("lora", "xgbl
     without ``skip_completed`` or ``overwrite_output_dir``.
     """
     runs = arms(config, methods)
-    finished = [finished_metrics(arm) is not None for arm in runs]
-    begun = [(Path(arm.output_dir) / CONFIG).is_file() for arm in runs]
+    finished = [finished_metrics(each) is not None for each in runs]
+    begun = [(Path(str(each.output_dir)) / CONFIG).is_file() for each in runs]
     if all(finished):
         logger.info(
             "All %d runs of %s are complete (--overwrite_output_dir trains again)", len(runs), config.output_root
@@ -97,19 +91,19 @@ def experiment(config: ExperimentConfig, methods: Sequence[str] = ("lora", "xgbl
             f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
             "go on with --skip_completed or start again with --overwrite_output_dir"
         )
-    scalings = {arm.scaling for arm in runs}
+    scalings = {each.scaling for each in runs}
     if len(scalings) > 1:
         logger.warning(
-            "The arms differ in scaling (alpha/r: %s), so they take steps of different size: --lora_rank 1 compares alike",
+            "The methods differ in scaling (alpha/r: %s) and so in step size: --lora_rank 1 compares alike",
             " and ".join(str(s) for s in sorted(scalings)),
         )
     workspace = None
-    for number, (arm, done) in enumerate(zip(runs, finished, strict=True), start=1):
+    for number, (each, done) in enumerate(zip(runs, finished, strict=True), start=1):
         if not done:
-            workspace = workspace or Workspace(arm)
-            logger.info("Run %d of %d: %s, seed %d", number, len(runs), arm.method, arm.seed)
-            run(arm, workspace)
-    return report(config, [Path(arm.output_dir) for arm in runs])
+            workspace = workspace or Workspace(each)
+            logger.info("Run %d of %d: %s, seed %d", number, len(runs), each.method, each.seed)
+            run(each, workspace)
+    return report(config, [Path(str(each.output_dir)) for each in runs])
 
 
 def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
@@ -142,6 +136,6 @@ def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
 def _identical(curves: Sequence[Curves]) -> dict[str, bool]:
     """For each seed with several methods: whether their training losses are equal to the last bit."""
     seeds: dict[str, list[list[float]]] = {}
-    for run in curves:
-        seeds.setdefault(str(run.seed), []).append([line["loss"] for line in run.loss])
+    for each in curves:
+        seeds.setdefault(str(each.seed), []).append([line["loss"] for line in each.loss])
     return {seed: all(loss == group[0] for loss in group) for seed, group in seeds.items() if len(group) > 1}

@@ -1,5 +1,6 @@
 """What a run leaves behind: the lines of its curves, its time and its memory."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -86,10 +87,8 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif (reset := Path("/proc/self/clear_refs")).exists():
-            try:
+            with contextlib.suppress(OSError):
                 reset.write_text("5", encoding="ascii")
-            except OSError:
-                pass
 
     def read(self) -> float:
         """Megabytes (2^20 bytes) at the peak since this object was made."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from xgblora.adapters import Adapters
 from xgblora.boosters import Ledger
@@ -72,8 +72,9 @@ class Trainer(transformers.Trainer):
             eval_dataset=eval_dataset,
             callbacks=[_Boosting(self), *(callbacks or [])],
         )
+        # Losses go into the bar and into the record, not onto the console line by line.
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
             self.add_callback(_Progress)
 
     @property

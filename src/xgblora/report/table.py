@@ -16,8 +16,8 @@ def results_table(runs: Sequence[Curves]) -> Table:
     first = runs[0].metrics
     split, rows = first["evaluation_split"], first["rows"]["evaluation"]
     table = Table(title=f"{first['model']} on {first['task']}, {rows} held-out {split} rows")
-    for name in ("method", "seed", "zero-shot", "dev", split, "gain", "eval loss", "merges", "forward passes", "s / step",
-                 "peak MB"):  # fmt: skip
+    names = ("method", "seed", "zero-shot", "dev", split, "gain", "eval loss", "merges", "forward passes", "s / step")
+    for name in (*names, "peak MB"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for run in runs:
         m = run.metrics

@@ -32,17 +32,14 @@ class Samples:
 def load_splits(task: Task, data_dir: str | None) -> Mapping[str, Dataset]:
     """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
     if data_dir is not None:
-        splits = _read_folder(Path(data_dir), task)
-    else:
-        try:
-            splits = task.source()
-        except XgbloraError:
-            raise
-        except Exception as error:  # no network, unknown data set, broken cache: many kinds, one remedy
-            raise XgbloraError(
-                f"cannot load the data of {task.name}: {' '.join(str(error).split())[:200]} (--data_dir reads local files)"
-            ) from error
-    return splits
+        return _read_folder(Path(data_dir), task)
+    try:
+        return task.source()
+    except XgbloraError:
+        raise
+    except Exception as error:  # no network, unknown data set, broken cache: many kinds, one remedy
+        reason = " ".join(str(error).split())[:200]
+        raise XgbloraError(f"cannot load the data of {task.name}: {reason} (--data_dir reads local files)") from error
 
 
 def sample(splits: Mapping[str, Dataset], num_train: int, num_dev: int, num_eval: int, train_set_seed: int) -> Samples:

@@ -1,0 +1,192 @@
+"""The ledger: a merge changes nothing, loses nothing, and what is saved is a plain PEFT adapter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from xgblora import Adapters, Ledger, XgbloraError, attach
+from xgblora.adapters import BLOCK
+
+IDS = torch.tensor([[3, 17, 200, 41, 5, 9, 77, 33, 12]])
+
+
+def with_boosters(
+    model: PreTrainedModel, randomise: Callable[..., None], count: int = 3, **arguments: Any
+) -> tuple[Adapters, Ledger]:
+    adapters = attach(model, **arguments)
+    ledger = Ledger(adapters)
+    for number in range(count):
+        randomise(adapters, number)
+        ledger.merge(10 * (number + 1), f"step {10 * (number + 1)}", 0.5)
+    randomise(adapters, 99)
+    return adapters, ledger
+
+
+def dense_updates(adapters: Adapters) -> list[Tensor]:
+    """scaling * (all boosters + pair) of each layer as one float64 matrix."""
+    return [
+        layer.scaling
+        * (layer.booster_B.double() @ layer.booster_A.double() + layer.lora_B.double() @ layer.lora_A.double())
+        for layer in adapters.layers.values()
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merges_do_not_change_the_function(
+    architecture: PreTrainedConfig, dtype: torch.dtype, randomise: Callable[..., None]
+) -> None:
+    """Logits are equal to the last bit, over more merges than a block holds, and the base's weights stay."""
+    model = build(architecture, dtype)
+    adapters = attach(model)
+    ledger = Ledger(adapters)
+    weights = [layer.base_layer.weight.clone() for layer in adapters.layers.values()]
+    bare = model(IDS).logits
+    for merge in range(BLOCK + 2):
+        randomise(adapters, merge)
+        before = model(IDS).logits
+        ledger.merge(merge + 1, f"step {merge + 1}", 0.5)
+        assert torch.equal(model(IDS).logits, before)
+        assert not torch.equal(before, bare)
+    for layer, weight in zip(adapters.layers.values(), weights, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_a_merge_freezes_the_pair_and_starts_a_new_one(randomise: Callable[..., None]) -> None:
+    adapters = attach(build(ARCHITECTURES["llama"]), seed=7)
+    ledger = Ledger(adapters)
+    randomise(adapters)
+    trained = [(layer.lora_A.clone(), layer.lora_B.clone()) for layer in adapters.layers.values()]
+    booster = ledger.merge(5, "step 5", 0.25)
+    fresh = attach(build(ARCHITECTURES["llama"]), seed=7)
+    for layer, (A, B), first in zip(adapters.layers.values(), trained, fresh.layers.values(), strict=True):
+        assert torch.equal(layer.booster_A, A)
+        assert torch.equal(layer.booster_B, B)
+        assert not layer.lora_B.any()
+        assert layer.lora_A.any()
+        assert not torch.equal(layer.lora_A, first.lora_A), "every pair starts from an A of its own"
+    wanted = sum((16 * B @ A).double().square().sum() for A, B in trained) ** 0.5
+    assert booster.norm == pytest.approx(wanted.item(), rel=1e-5)
+    assert (booster.step, booster.place, booster.loss) == (5, "step 5", 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_booster_is_lost_to_rounding(dtype: torch.dtype) -> None:
+    """Boosters far below the weights' last place: added in place, each vanishes; in the ledger, all of them count."""
+    model = build(ARCHITECTURES["llama"], dtype)
+    adapters = attach(model, target_modules=["q_proj"])
+    ledger = Ledger(adapters)
+    layer = next(iter(adapters.layers.values()))
+    weight = layer.base_layer.weight
+    in_place = weight.clone()
+    size = 0.05 * torch.finfo(dtype).eps * weight.abs().mean().item()  # of each entry of one booster's update
+    count = 400
+    for number in range(count):
+        with torch.no_grad():
+            for each in adapters.layers.values():
+                each.lora_A.fill_(1.0)
+                each.lora_B.fill_(size / each.scaling)
+            in_place += (layer.scaling * layer.lora_B @ layer.lora_A).to(dtype)
+        ledger.merge(number + 1, f"step {number + 1}", 1.0)
+    total = layer.scaling * layer.booster_B @ layer.booster_A
+    torch.testing.assert_close(total, torch.full_like(total, count * size), rtol=1e-4, atol=0)
+    kept = (in_place.float() - weight.float()).mean() / (count * size)
+    assert kept < 0.7, "were adding in place harmless, nobody would need a ledger"
+    x = torch.ones(1, 32, dtype=dtype)
+    wanted = (layer.base_layer(x).float() + 32 * count * size).to(dtype)
+    assert torch.equal(layer(x), wanted)
+    assert not torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize(("rank", "boosters"), [(1, 0), (1, 3), (4, 0)])
+def test_peft_loads_what_is_saved(
+    architecture: PreTrainedConfig, rank: int, boosters: int, tmp_path: Path, randomise: Callable[..., None]
+) -> None:
+    model = build(architecture)
+    _, ledger = with_boosters(model, randomise, boosters, rank=rank)
+    ledger.save(tmp_path)
+    theirs = PeftModel.from_pretrained(build(architecture), tmp_path)
+    assert theirs.peft_config["default"].r == boosters + rank
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_ledger_reloads_bit_for_bit(tmp_path: Path, randomise: Callable[..., None]) -> None:
+    model = build(ARCHITECTURES["opt"])
+    adapters, ledger = with_boosters(model, randomise)
+    ledger.forward_passes = 7
+    ledger.save(tmp_path)
+    other = build(ARCHITECTURES["opt"])
+    loaded = Ledger(attach(other, seed=5))
+    loaded.load(tmp_path)
+    assert loaded.boosters == ledger.boosters
+    assert loaded.forward_passes == 7
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+    for mine, theirs in zip(dense_updates(adapters), dense_updates(loaded.adapters), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_saving_twice_replaces(tmp_path: Path, randomise: Callable[..., None]) -> None:
+    _, ledger = with_boosters(build(ARCHITECTURES["opt"]), randomise, count=1)
+    ledger.save(tmp_path)
+    ledger.merge(50, "step 50", 0.1)
+    ledger.save(tmp_path)
+    assert len(json.loads((tmp_path / "ledger.json").read_text(encoding="utf-8"))["boosters"]) == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def damage(folder: Path, file: str, how: str) -> None:
+    path = folder / file
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "garbage":
+        path.write_bytes(b"\x00garbage" * 50)
+    elif how == "keyless":
+        path.write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "message"),
+    [
+        ("adapter_model.safetensors", "missing", "holds no adapters: adapter_model.safetensors is missing"),
+        ("adapter_model.safetensors", "cut", "adapter_model.safetensors is damaged"),
+        ("adapter_model.safetensors", "garbage", "adapter_model.safetensors is damaged"),
+        ("ledger.json", "missing", "holds no adapters: ledger.json is missing"),
+        ("ledger.json", "cut", "ledger.json is damaged"),
+        ("ledger.json", "keyless", "ledger.json is damaged"),
+    ],
+)
+def test_damaged_files_are_refused(
+    file: str, how: str, message: str, tmp_path: Path, randomise: Callable[..., None]
+) -> None:
+    _, ledger = with_boosters(build(ARCHITECTURES["opt"]), randomise)
+    ledger.save(tmp_path)
+    damage(tmp_path, file, how)
+    with pytest.raises(XgbloraError, match=message):
+        Ledger(attach(build(ARCHITECTURES["opt"]))).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 2}, "holds rank 1 at scaling 16.0, the model rank 2 at scaling 8.0"),
+        ({"alpha": 8}, "holds rank 1 at scaling 16.0, the model rank 1 at scaling 8.0"),
+        ({"target_modules": ["k_proj"]}, "has no adapter for .*k_proj"),
+        ({"target_modules": ["q_proj"]}, "adapts .*v_proj.*, the model does not"),
+    ],
+)
+def test_other_adapters_are_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path, randomise: Callable[..., None]
+) -> None:
+    _, ledger = with_boosters(build(ARCHITECTURES["opt"]), randomise)
+    ledger.save(tmp_path)
+    with pytest.raises(XgbloraError, match=message):
+        Ledger(attach(build(ARCHITECTURES["opt"]), **arguments)).load(tmp_path)

@@ -1,0 +1,150 @@
+"""Packed batches: the same numbers as one sequence at a time, whatever the architecture."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, LogLines, build, examples
+from transformers import BloomConfig, Gemma2Config, GPTNeoConfig, MambaConfig, PreTrainedConfig, PreTrainedModel
+
+from xgblora import Example
+from xgblora.objectives import classification_loss, language_model_loss, option_scores
+from xgblora.packing import build_batch, choose_route
+
+ROWS = [
+    Example([3, 50, 60, 70, 80], [[5], [9]], 0),
+    Example([4, 51], [[5, 6, 7], [9]], 1),
+    Example([7, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [[5, 8], [9, 6, 4, 3], [10]], 2),
+]
+
+
+def plain_scores(model: PreTrainedModel, example: Example) -> list[float]:
+    """The definition: one option a call, no packing, mean log-probability of its tokens."""
+    scores = []
+    for option in example.options:
+        ids = torch.tensor([[*example.prompt, *option]])
+        with torch.no_grad():
+            logprobs = F.log_softmax(model(ids).logits[0].double(), dim=-1)
+        start = 0 if example.score_prompt else len(example.prompt) - 1
+        steps = range(start, ids.shape[1] - 1)
+        scores.append(sum(logprobs[i, ids[0, i + 1]].item() for i in steps) / len(steps))
+    return scores
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("score_prompt", [False, True])
+def test_option_scores_equal_one_option_a_call(
+    architecture: PreTrainedConfig, packed: bool, score_prompt: bool
+) -> None:
+    model = build(architecture)
+    rows = [Example(e.prompt, e.options, e.label, score_prompt) for e in ROWS]
+    with torch.no_grad():
+        found = option_scores(model, build_batch(rows, packed))
+    for example, scores in zip(rows, found, strict=True):
+        wanted = plain_scores(model, example)
+        torch.testing.assert_close(scores[: len(wanted)], torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+        assert (scores[len(wanted) :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_losses_equal_their_definitions(packed: bool) -> None:
+    model = build(ARCHITECTURES["opt"])
+    batch = build_batch(ROWS, packed)
+    wanted = [plain_scores(model, e) for e in ROWS]
+    cross_entropy = [-F.log_softmax(torch.tensor(s), 0)[e.label] for e, s in zip(ROWS, wanted, strict=True)]
+    with torch.no_grad():
+        torch.testing.assert_close(classification_loss(model, batch), torch.stack(cross_entropy), rtol=1e-4, atol=1e-4)
+        language = torch.tensor([-s[e.label] for e, s in zip(ROWS, wanted, strict=True)])
+        torch.testing.assert_close(language_model_loss(model, batch), language, rtol=1e-4, atol=1e-4)
+
+
+def test_single_token_options_cost_no_tokens_and_leave_out_the_softmax() -> None:
+    """Scores without the log-softmax differ by a constant an example, so the loss is the same."""
+    model = build(ARCHITECTURES["llama"])
+    rows = examples(6)
+    batch = build_batch(rows)
+    assert batch.single_token
+    assert batch.tokens == sum(len(e.prompt) for e in rows)
+    with torch.no_grad():
+        difference = option_scores(model, batch) - option_scores(model, batch, normalised=True)
+    torch.testing.assert_close(difference[:, 0], difference[:, 1], rtol=1e-4, atol=1e-4)
+    assert difference.abs().max() > 0.1
+
+
+def test_a_prompt_is_computed_once_for_all_its_options() -> None:
+    batch = build_batch([ROWS[2]])
+    assert batch.tokens == 11 + 1 + 3 + 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_repeated_batches_repeat_losses(packed: bool) -> None:
+    model = build(ARCHITECTURES["llama"])
+    batch = build_batch(ROWS, packed)
+    with torch.no_grad():
+        once, thrice = classification_loss(model, batch), classification_loss(model, batch.repeat(3))
+    torch.testing.assert_close(thrice.view(3, -1), once.expand(3, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_known_architectures_run_packed(architecture: PreTrainedConfig, dtype: torch.dtype) -> None:
+    assert choose_route(build(architecture, dtype))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
+        GPTNeoConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=4,
+        ),
+        Gemma2Config(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            head_dim=8,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures_fall_back_to_padding_and_say_so(config: PreTrainedConfig, log_lines: LogLines) -> None:
+    model = build(config)
+    assert not choose_route(model)
+    assert log_lines.containing("cannot run packed batches")
+    assert log_lines.containing("padded rows are used")
+    with torch.no_grad():
+        found = option_scores(model, build_batch(ROWS, packed=False))
+    wanted = plain_scores(model, ROWS[1])
+    torch.testing.assert_close(found[1, :2], torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_the_check_of_packing_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were segments not kept apart, choose_route would see it."""
+    from xgblora import packing
+
+    honest = packing._layout
+
+    def leaky(batch: packing.Batch) -> packing.Layout:
+        layout = honest(batch)
+        return packing.Layout(torch.arange(batch.tokens), 1, batch.tokens, None, layout.distance)
+
+    monkeypatch.setattr(packing, "_layout", leaky)
+    assert not choose_route(build(ARCHITECTURES["llama"]))
+
+
+def test_the_models_own_attention_is_restored() -> None:
+    model = build(ARCHITECTURES["llama"])
+    before = model.config._attn_implementation
+    ids = torch.tensor([[3, 4, 5]])
+    generated = model.generate(ids, max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        classification_loss(model, build_batch(ROWS))
+    assert model.config._attn_implementation == before
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), generated)

@@ -1,0 +1,260 @@
+"""Training: equivalence of the methods without a merge, merges where the schedule says, exact resume, loud failure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, LogLines, build, examples, train
+from torch import Tensor
+
+from xgblora import DivergedError, RunConfig, Trainer, XgbloraError, attach
+from xgblora.objectives import classification_loss
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+def test_xgblora_without_a_merge_is_rank_1_lora_to_the_last_bit(
+    trainer: str, tmp_path: Path, log_lines: LogLines
+) -> None:
+    """The reason this project exists."""
+    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 2000, "logging_steps": 10, "lora_alpha": 16, "seed": 3}
+    _, lora = train(tmp_path / "a", **flags, lora=True, lora_r=1)
+    _, xgblora = train(tmp_path / "b", **flags, xgblora=True, xgblora_steps_per_iteration=2000)
+    assert len(lora) == 200
+    assert lora == xgblora
+    assert lora[0] != lora[-1]
+    assert log_lines.containing("Merging") == []
+    assert log_lines.containing("expected merges: 0")
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+def test_the_equivalence_test_can_fail(trainer: str, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 30}
+    _, lora = train(tmp_path / "a", **flags, lora=True, lora_r=1)
+    _, other_alpha = train(tmp_path / "b", **flags, xgblora=True, xgblora_merge_frequency=0, lora_alpha=8)
+    _, merged = train(tmp_path / "c", **flags, xgblora=True, xgblora_steps_per_iteration=20)
+    assert lora != other_alpha
+    assert lora[:20] == merged[:20]
+    assert lora[20:] != merged[20:]
+
+
+def test_merges_after_every_100_of_350_steps(tmp_path: Path, log_lines: LogLines) -> None:
+    trainer, _ = train(tmp_path, max_steps=350, xgblora=True, xgblora_steps_per_iteration=100)
+    assert log_lines.containing("Merging") == [
+        f"XGBLoRA: Merging and reinitializing at step {step}" for step in (100, 200, 300)
+    ]
+    assert log_lines.containing("expected merges: 3")
+    assert trainer.adapters.boosters == 3
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+def test_merges_every_second_of_7_epochs(trainer: str, tmp_path: Path, log_lines: LogLines) -> None:
+    train(
+        *(tmp_path, None, examples(20)),
+        max_steps=-1,
+        num_train_epochs=7,
+        xgblora=True,
+        xgblora_merge_frequency=2,
+        trainer=trainer,
+    )
+    assert log_lines.containing("Merging") == [
+        f"XGBLoRA: Merging and reinitializing at epoch {epoch}" for epoch in (2, 4, 6)
+    ]
+
+
+def test_given_both_schedules_only_steps_merge(tmp_path: Path, log_lines: LogLines) -> None:
+    train(
+        *(tmp_path, None, examples(20)),
+        max_steps=21,
+        xgblora=True,
+        xgblora_merge_frequency=1,
+        xgblora_steps_per_iteration=10,
+    )
+    assert log_lines.containing("Merging") == [
+        "XGBLoRA: Merging and reinitializing at step 10",
+        "XGBLoRA: Merging and reinitializing at step 20",
+    ]
+
+
+def test_adaptive_merges_follow_the_losses(tmp_path: Path, log_lines: LogLines) -> None:
+    """An objective that never improves, whatever the parameters: patience runs out again and again."""
+
+    def flat(model: Any, batch: Any) -> Tensor:
+        return classification_loss(model, batch) * 0 + 1
+
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        xgblora=True,
+        xgblora_use_adaptive_merge=True,
+        xgblora_patience=4,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = build(ARCHITECTURES["opt"])
+    Trainer(model, config, attach(model, xgblora=True), examples(40), objective=flat).train()
+    assert [line[-2:].strip() for line in log_lines.containing("Merging")] == ["5", "10", "15"]
+
+
+def test_a_merge_resets_the_pairs_optimizer_state(tmp_path: Path) -> None:
+    """After a merge Adam starts anew: its step count is that of the new pair alone."""
+    trainer, _ = train(tmp_path, max_steps=25, xgblora=True, xgblora_steps_per_iteration=10)
+    counts = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert counts == {5}
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_learns(trainer: str, packed: bool, tmp_path: Path) -> None:
+    """The first token tells the label, so the loss must fall far below log 2 on rows never trained on."""
+    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 600 if trainer == "zo" else 150, "learning_rate": 1e-2}
+    flags |= {"lr_scheduler_type": "linear", "per_device_train_batch_size": 16, "packed": packed}
+    held_out = examples(100, seed=2)
+    trainer_, _ = train(tmp_path, build(ARCHITECTURES["llama"]), examples(200), **flags, lora=True, lora_r=1)
+    after = trainer_.evaluate(held_out)
+    trainer_.adapters.new_pair(0)  # B = 0: the bare model again
+    before = trainer_.evaluate(held_out)
+    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    assert after["eval_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("directions", ["per_example", "shared"])
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+@pytest.mark.parametrize("schedule", [{"xgblora_steps_per_iteration": 6}, {"xgblora_use_adaptive_merge": True}])
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    directions: str, trainer: str, schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"trainer": trainer, "zo_directions": directions, "xgblora": True, "xgblora_patience": 3}
+    flags |= schedule | {"max_steps": 30, "save_strategy": "steps", "save_steps": 11, "save_total_limit": 9}
+    flags |= {"lr_scheduler_type": "linear"}
+    whole, losses = train(tmp_path / "whole", **flags)
+    resumed, tail = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-11"))
+    assert tail == losses  # the log history of the first 11 steps comes from the checkpoint
+    assert resumed.ledger.boosters == whole.ledger.boosters
+    assert resumed.ledger.forward_passes == whole.ledger.forward_passes
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        assert torch.equal(mine.lora_A, theirs.lora_A)
+        assert torch.equal(mine.lora_B, theirs.lora_B)
+        assert torch.equal(mine.booster_A, theirs.booster_A)
+
+
+def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
+    _, first = train(tmp_path / "a", seed=1)
+    torch.manual_seed(1234)
+    _, same = train(tmp_path / "b", seed=1)
+    _, other = train(tmp_path / "c", seed=2)
+    assert first == same
+    assert first != other
+
+
+def test_gradient_accumulation_uses_new_directions_and_means(tmp_path: Path) -> None:
+    """Two micro-batches of 4 see the same examples as one batch of 8: by backpropagation the same losses."""
+    flags: dict[str, Any] = {"trainer": "regular", "max_steps": 6, "optim": "sgd"}
+    _, one = train(tmp_path / "a", per_device_train_batch_size=8, **flags)
+    _, two = train(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **flags)
+    assert one == pytest.approx(two, rel=1e-4)
+    zo, _ = train(tmp_path / "c", per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
+    assert zo.ledger.forward_passes == 3 * 2 * 2
+
+
+def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
+    train(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    folder = tmp_path / "checkpoint-4"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 200_000
+
+
+def test_the_chosen_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """Asked for the highest loss, which training leaves behind at once, it brings back the first checkpoint."""
+    trainer, _ = train(
+        tmp_path,
+        max_steps=40,
+        learning_rate=1e-2,
+        trainer="regular",
+        xgblora=True,
+        xgblora_steps_per_iteration=7,
+        eval_strategy="steps",
+        eval_steps=5,
+        save_strategy="steps",
+        save_steps=5,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert max(losses) > losses[-1] + 0.05
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-6)
+
+
+def test_dropout_is_off_in_training(tmp_path: Path) -> None:
+    """OPT has dropout 0.1: with it, two probes of one direction would see different noise."""
+    assert ARCHITECTURES["opt"].dropout == 0.1
+    trainer, _ = train(tmp_path, max_steps=2)
+    assert not trainer.model.training
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_loss_stops_the_run_before_the_step(
+    trainer: str, value: float, tmp_path: Path
+) -> None:
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        trainer=trainer,
+        save_strategy="steps",
+        save_steps=3,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = build(ARCHITECTURES["opt"])
+    calls = 0
+
+    def spoiled(model: Any, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        losses = classification_loss(model, batch)
+        return losses * value if calls == 8 else losses
+
+    adapters = attach(model)
+    run = Trainer(model, config, adapters, examples(40), objective=spoiled)
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step 8, which was not applied"):
+        run.train()
+    assert all(torch.isfinite(p).all() for p in adapters.parameters())
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert run.state.global_step == 7
+
+
+def test_an_own_objective_is_minimised(tmp_path: Path) -> None:
+    """A library user's loss: here, make the first option likelier whatever the label."""
+
+    def prefer_first(model: Any, batch: Any) -> Tensor:
+        from dataclasses import replace
+
+        return classification_loss(model, replace(batch, label=torch.zeros_like(batch.label)))
+
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        max_steps=60,
+        trainer="regular",
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_steps=1,
+    )
+    model = build(ARCHITECTURES["opt"])
+    trainer = Trainer(model, config, attach(model), examples(40), objective=prefer_first)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), use_cpu=True)
+    adapters = attach(build(ARCHITECTURES["opt"]))
+    with pytest.raises(XgbloraError, match="belong to another model"):
+        Trainer(build(ARCHITECTURES["opt"]), config, adapters, examples(4))
