@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xgblora import Adapters, Ledger, XgbloraError, attach
+from xgblora import Adapters, Ledger, XgbloraError, attach, load_adapters
 from xgblora.adapters import BLOCK
 
 IDS = torch.tensor([[3, 17, 200, 41, 5, 9, 77, 33, 12]])
@@ -130,6 +130,22 @@ def test_a_ledger_reloads_bit_for_bit(tmp_path: Path, randomise: Callable[..., N
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     for mine, theirs in zip(dense_updates(adapters), dense_updates(loaded.adapters), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("rank", "boosters"), [(1, 2), (4, 0)])
+def test_adapters_are_attached_from_a_folder(
+    rank: int, boosters: int, tmp_path: Path, randomise: Callable[..., None]
+) -> None:
+    model = build(ARCHITECTURES["gpt2"])
+    _, ledger = with_boosters(model, randomise, boosters, rank=rank, alpha=12, target_modules=["c_attn", "c_proj"])
+    ledger.save(tmp_path)
+    other = build(ARCHITECTURES["gpt2"])
+    loaded = load_adapters(other, tmp_path)
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+    assert loaded.boosters == ledger.boosters
+    stranger = build(ARCHITECTURES["llama"])
+    with pytest.raises(XgbloraError, match="no layer of LlamaForCausalLM is named"):
+        load_adapters(stranger, tmp_path)
 
 
 def test_saving_twice_replaces(tmp_path: Path, randomise: Callable[..., None]) -> None:

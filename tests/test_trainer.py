@@ -197,9 +197,7 @@ def test_dropout_is_off_in_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", ["zo", "regular"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_loss_stops_the_run_before_the_step(
-    trainer: str, value: float, tmp_path: Path
-) -> None:
+def test_a_diverged_loss_stops_the_run_before_the_step(trainer: str, value: float, tmp_path: Path) -> None:
     config = RunConfig(
         output_dir=str(tmp_path),
         max_steps=20,

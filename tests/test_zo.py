@@ -47,10 +47,7 @@ def test_mean_and_variance_on_a_quadratic(directions: str) -> None:
     because E|z|^2 z z' = (d + 2) I for Gaussian z, less the squared mean)."""
     problem, count = Quadratic(), 20000
     found = torch.stack(
-        [
-            estimate(problem.losses, DIMENSIONS, EXAMPLES, draws(i, 1), 1e-2, directions).gradient
-            for i in range(count)
-        ]
+        [estimate(problem.losses, DIMENSIONS, EXAMPLES, draws(i, 1), 1e-2, directions).gradient for i in range(count)]
     ).double()
     each = problem.gradients().double()
     gradient = each.mean(0)

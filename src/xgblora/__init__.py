@@ -1,7 +1,7 @@
 """Forward-only fine-tuning of causal language models with LoRA and XGBLoRA."""
 
 from xgblora.adapters import Adapters, attach
-from xgblora.boosters import Ledger
+from xgblora.boosters import Ledger, load_adapters
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate, predict
@@ -22,6 +22,7 @@ __all__ = [
     "encode",
     "evaluate",
     "get_task",
+    "load_adapters",
     "load_model",
     "load_splits",
     "predict",

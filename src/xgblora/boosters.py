@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from xgblora.adapters import Adapters
+from xgblora.adapters import Adapters, attach
 from xgblora.errors import XgbloraError
 from xgblora.files import write_atomically, write_json
 from xgblora.schedule import PatienceState
@@ -121,6 +122,23 @@ class Ledger:
         self.boosters = boosters
         self.patience = PatienceState(**about["patience"])
         self.forward_passes, self.forward_tokens = about["forward_passes"], about["forward_tokens"]
+
+
+def load_adapters(model: PreTrainedModel, folder: str | Path) -> Ledger:
+    """Attach to ``model`` the adapters that :meth:`Ledger.save` wrote, ready to predict or to train on.
+
+    Raises :class:`XgbloraError` where the folder is damaged or belongs to another base model.
+    """
+    about, _ = _read(Path(folder))
+    targets = LoraConfig.from_pretrained(str(folder)).target_modules
+    names = targets if isinstance(targets, str) else sorted(targets)
+    ledger = Ledger(attach(model, about["rank"], about["scaling"] * about["rank"], names))
+    try:
+        ledger.load(folder)
+    except XgbloraError:
+        ledger.adapters.detach()
+        raise
+    return ledger
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

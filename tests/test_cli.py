@@ -1,0 +1,435 @@
+"""The documented commands as users type them, and every kind of bad input as one clear line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from xgblora.cli import main
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Carry out a command line; returns exit code, stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(token) for token in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def small(model_folder: Path, data_folder: Path) -> list[str]:
+    """Flags that make any documented command small."""
+    flags = f"--model_name {model_folder.as_posix()} --data_dir {data_folder.as_posix()} --task_name SST2"
+    flags += " --num_train 40 --num_dev 10 --num_eval 20 --disable_tqdm true --use_cpu true"
+    return flags.split()
+
+
+XGBLORA_BANNER = """================================================================================
+XGBLoRA Configuration:
+  Actual rank used: 1 (forced to 1 for XGBLoRA)
+  Alpha: 16
+  Scaling (alpha/r): 16.0
+  Steps per iteration: 12
+  Merge frequency (epochs): 1
+================================================================================
+"""
+LORA_BANNER = """================================================================================
+Standard LoRA Configuration:
+  Rank: 1
+  Alpha: 16
+  Scaling (alpha/r): 16.0
+================================================================================
+Initializing LoRA with: r=1, alpha=16, xgblora=False
+"""
+
+
+def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -> None:
+    """The bug report's command: equal curves, no merge line, alpha given once."""
+    root = tmp_path / "out put"  # with a space, as on Windows
+    documented = f"--learning_rate 1e-2 --zo_eps 1e-3 --max_steps 12 --xgblora_steps_per_iteration 12 --eval_steps 4"
+    documented += " --lora_rank 1 --lora_alpha 16 --seeds 0 1 --logging_steps 1"
+    command = ["compare", "--output_root", root, "--loss_figure_path", root / "curve.png", *documented.split(), *small]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert out.count(LORA_BANNER) == 2
+    assert out.count(XGBLORA_BANNER) == 2
+    assert out.count("Initializing LoRA with: r=1, alpha=16, xgblora=True") == 2
+    assert "Merging" not in out
+    assert "Merge schedule: every 12 steps; expected merges: 0" in out
+    assert "--xgblora_merge_frequency has no effect" in out
+    assert "Seed 0: the loss curves of all methods are identical" in out
+    for seed in (0, 1):
+        lora, xgblora = (root / f"{method}_seed{seed}" for method in ("lora", "xgblora"))
+        curve = (lora / "training_loss.jsonl").read_bytes()
+        assert curve == (xgblora / "training_loss.jsonl").read_bytes()
+        lines = [json.loads(line) for line in curve.splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 13))
+        assert set(lines[0]) == {"step", "loss", "epoch", "learning_rate"}
+        for name in ("metrics.json", "config.json", "eval_loss.jsonl", "trainer_state.json", "adapter"):
+            assert (xgblora / name).exists(), name
+    metrics = json.loads((root / "xgblora_seed0" / "metrics.json").read_text(encoding="utf-8"))
+    wanted = {"accuracy", "dev_accuracy", "zero_shot_accuracy", "merges", "forward_passes", "seconds_per_step"}
+    assert wanted | {"peak_memory_mb"} <= set(metrics)
+    assert metrics["merges"] == 0
+    assert metrics["forward_passes"] == 24
+    assert metrics["evaluation_split"] == "validation"
+    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    assert summary["methods"]["LoRA+ZO"]["accuracy"] == summary["methods"]["XGBLoRA+ZO"]["accuracy"]
+    for figure in ("curve.png", "summary.png", "merge_eval.png", "eval.png"):
+        assert (root / figure).read_bytes().startswith(b"\x89PNG"), figure
+    # The same command on a finished comparison says so and leaves the runs alone.
+    before = (root / "lora_seed0" / "metrics.json").stat().st_mtime_ns
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "All 4 runs of" in out
+    assert (root / "lora_seed0" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_skip_completed_goes_on_and_never_reuses_another_configuration(
+    run: Run, small: list[str], tmp_path: Path
+) -> None:
+    command = ["compare", "--output_root", tmp_path, *"--max_steps 6 --lora_rank 1 --seeds 0".split(), *small]
+    assert run(*command)[0] == 0
+    kept = tmp_path / "lora_seed0" / "metrics.json"
+    (tmp_path / "xgblora_seed0" / "metrics.json").unlink()
+    before = kept.stat().st_mtime_ns
+    code, _, err = run(*command)
+    assert code == 2
+    assert "unfinished comparison (1 of 2 runs complete): go on with --skip_completed" in err
+    assert run(*command, "--skip_completed")[0] == 0
+    assert kept.stat().st_mtime_ns == before
+    assert (tmp_path / "xgblora_seed0" / "metrics.json").is_file()
+    code, _, err = run(*command, "--skip_completed", "--lora_alpha", 8)
+    assert code == 2
+    assert "lora_seed0 holds a run of another configuration (lora_alpha 16 -> 8.0)" in err
+    assert run(*command, "--overwrite_output_dir", "--lora_alpha", 8)[0] == 0
+    assert kept.stat().st_mtime_ns != before
+
+
+def test_boost_evaluates_at_every_merge(run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = "--max_steps 10 --xgblora_steps_per_iteration 3 --eval_steps 5 --seeds 0 --merge_eval_figure".split()
+    code, out, _ = run("boost", "--output_root", tmp_path, *flags, tmp_path / "merges.png", *small)
+    assert code == 0
+    assert [line for line in out.splitlines() if "Merging" in line] == [
+        f"XGBLoRA: Merging and reinitializing at step {step}" for step in (3, 6, 9)
+    ]
+    lines = (tmp_path / "xgblora_seed0" / "eval_loss.jsonl").read_text(encoding="utf-8").splitlines()
+    evals = [(entry["step"], entry["merge"], entry["boosters"]) for entry in map(json.loads, lines)]
+    assert evals == [(3, True, 1), (5, False, 1), (6, True, 2), (9, True, 3), (10, False, 3)]
+    assert (tmp_path / "merges.png").is_file()
+    assert not (tmp_path / "lora_seed0").exists()
+
+
+def test_train_takes_every_spelling(run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = (
+        "--lora --lora-rank 4 --lora-alpha 16 --evaluation-strategy steps --eval-steps 2 --max-steps 4 --zo-eps 1e-2"
+    )
+    code, out, _ = run("train", *flags.split(), "--output-dir", tmp_path / "a", *small, "--no_auto_device")
+    assert code == 0
+    assert "Initializing LoRA with: r=4, alpha=16, xgblora=False" in out
+    assert "--no_auto_device has no effect" in out
+    flags = "--lora_r 4 --lora --eval_strategy steps --eval_steps 2 --max_steps 4 --zo_eps 1e-2 --lora_alpha 16"
+    assert run("train", *flags.split(), "--output_dir", tmp_path / "b", *small)[0] == 0
+    curves = [(tmp_path / name / "training_loss.jsonl").read_bytes() for name in "ab"]
+    assert curves[0] == curves[1]
+
+
+def test_train_resumes_and_finishes(run: Run, small: list[str], tmp_path: Path) -> None:
+    """An unfinished folder goes on at its checkpoint and ends as if it had never stopped; a finished one says so."""
+    flags = "--xgblora --xgblora_steps_per_iteration 4 --max_steps 10 --save_steps 3 --logging_steps 1".split()
+    flags += "--optim adamw_torch --learning_rate 1e-2 --eval_steps 5".split()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = tmp_path / "result.json"
+    assert run("train", *flags, "--output_dir", whole, *small, "--result_file", result)[0] == 0
+    assert json.loads(result.read_text(encoding="utf-8")) == json.loads((whole / "metrics.json").read_text("utf-8"))
+    assert run("train", *flags, "--output_dir", broken, *small)[0] == 0
+    # As a kill after step 9's checkpoint leaves it, with a line beyond it half-written.
+    (broken / "metrics.json").unlink()
+    shutil.rmtree(broken / "checkpoint-10")
+    with (broken / "training_loss.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 10, "lo')
+    code, out, _ = run("train", *flags, "--output_dir", broken, *small)
+    assert code == 0
+    assert "Resuming from" in out
+    for name in ("training_loss.jsonl", "eval_loss.jsonl", "adapter/adapter_model.safetensors", "adapter/ledger.json"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (whole, broken)]
+    for name in ("accuracy", "dev_loss", "merges", "forward_passes", "forward_tokens"):
+        assert metrics[0][name] == metrics[1][name]
+    code, out, _ = run("train", *flags, "--output_dir", broken, *small)
+    assert code == 0
+    assert "is complete: nothing to do" in out
+
+
+@pytest.mark.parametrize("trainer", ["regular", "none"])
+def test_other_trainers(trainer: str, run: Run, small: list[str], tmp_path: Path) -> None:
+    code, out, _ = run("train", "--trainer", trainer, "--max_steps", 4, "--output_dir", tmp_path / "run", *small)
+    assert code == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["forward_passes"] == (4 if trainer == "regular" else 0)
+    if trainer == "none":
+        assert metrics["accuracy"] == metrics["zero_shot_accuracy"]
+        assert "zero-shot" in out
+
+
+@pytest.mark.parametrize(
+    "flags", ["--train_as_classification false", "--train_as_classification false --only_train_option false"]
+)
+def test_language_model_losses(flags: str, run: Run, small: list[str], tmp_path: Path) -> None:
+    flags += " --trainer regular --max_steps 30 --logging_steps 1 --optim adamw_torch --learning_rate 1e-2"
+    assert run("train", *flags.split(), "--output_dir", tmp_path, *small)[0] == 0
+    lines = (tmp_path / "training_loss.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_test_split_is_what_is_evaluated(run: Run, small: list[str], data_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train.jsonl", "validation.jsonl"):
+        (folder / name).write_bytes((data_folder / name).read_bytes())
+    write_rows(folder / "test.jsonl", 14)
+    code, _, _ = run("train", *small, "--data_dir", folder, "--trainer", "none", "--output_dir", tmp_path / "run")
+    assert code == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["evaluation_split"] == "test"
+    assert metrics["rows"]["evaluation"] == 14
+
+
+CHECK_LINES = ["rank (r): 1", "alpha: 16", "scaling (alpha/r): 16.0"]
+
+
+def test_check_of_equal_methods_passes(run: Run) -> None:
+    code, out, _ = run("check", "--rank", 1, "--alpha", 16)
+    assert code == 0
+    for line in CHECK_LINES:
+        assert out.count(f"  {line}\n") == 2
+    assert "16.0 for both methods: a fair comparison of scaling" in out
+
+
+@pytest.mark.parametrize("mode", ["lora", "xgblora"])
+def test_check_of_one_method(mode: str, run: Run) -> None:
+    code, out, _ = run("check", "--mode", mode, "--rank", 8)
+    assert code == 0
+    assert ("XGBLoRA Configuration" in out) == (mode == "xgblora")
+    assert out.count("  rank (r): ") == 1
+
+
+def test_check_fails_where_the_methods_are_not_comparable(run: Run) -> None:
+    code, out, _ = run("check", "--rank", 8)
+    assert code == 1
+    assert "FAILED: scaling (alpha/r) is 2.0 for LoRA and 16.0 for XGBLoRA" in out
+
+
+def test_check_fails_where_eps_is_lost(run: Run) -> None:
+    code, out, _ = run("check", "--zo_eps", 1e-11)
+    assert code == 1
+    assert "--zo_eps 1e-11 is lost in float32" in out
+
+
+def test_check_names_capacity_and_flags_without_effect(run: Run) -> None:
+    code, out, _ = run("check", "--max_steps", 100, "--xgblora_steps_per_iteration", 25, "--xgblora_patience", 7)
+    assert code == 0
+    assert "3 merges leave 4 booster(s), LoRA has rank 1: not a fair comparison of capacity" in out
+    assert "Note: --xgblora_merge_frequency has no effect" in out
+    assert "Note: --xgblora_patience has no effect without --xgblora_use_adaptive_merge" in out
+
+
+def test_xgblora_with_another_rank_warns(run: Run, small: list[str], tmp_path: Path) -> None:
+    code, out, _ = run("train", "--xgblora", "--lora_r", 8, "--max_steps", 1, "--output_dir", tmp_path, *small)
+    assert code == 0
+    assert "XGBLoRA should use rank=1, but got r=8. This may cause unexpected behavior!" in out
+    assert "Initializing LoRA with: r=1, alpha=16, xgblora=True" in out
+
+
+BAD_FLAGS = [
+    ("--task_name Nope", "unknown task 'Nope': choose one of RottenTomatoes, SST2"),
+    ("--nope 3", "unknown argument '--nope'"),
+    ("--zo_eps 0", "--zo_eps must be a positive number, got 0.0"),
+    ("--zo_eps -1e-3", "--zo_eps must be a positive number, got -0.001"),
+    ("--zo_eps nan", "--zo_eps must be a positive number, got nan"),
+    ("--zo_eps small", "argument --zo_eps/--zo-eps: invalid float value: 'small'"),
+    ("--learning_rate 0", "--learning_rate must be a positive number"),
+    ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1, got 0"),
+    ("--per_device_train_batch_size -2", "--per_device_train_batch_size must be at least 1, got -2"),
+    ("--max_steps 0", "--max_steps must be at least 1"),
+    ("--max_steps -5", "--max_steps must be at least 1"),
+    ("--lora_r 0", "--lora_r must be at least 1, got 0"),
+    ("--lora_alpha 0", "--lora_alpha must be a positive number"),
+    ("--zo_num_perturbations 0", "--zo_num_perturbations must be at least 1"),
+    ("--xgblora --xgblora_steps_per_iteration -1", "--xgblora_steps_per_iteration must be 0 or more"),
+    ("--lora --xgblora", "are two methods: give one of them"),
+    ("--load_float16 --bf16", "exclude each other"),
+    ("--eval_steps 2 --num_dev 0", "needs development examples"),
+    ("--trainer sometimes", "argument --trainer: invalid choice"),
+    ("--optim nope", "nope is not a valid OptimizerNames"),
+    ("--lora_target_modules nothing", "no layer of OPTForCausalLM is named nothing; give --lora_target_modules, here"),
+    ("--model_name ./no/such/folder", "the model folder ./no/such/folder does not exist"),
+    ("--model_name nobody/no-such-model", "cannot load the model 'nobody/no-such-model'"),
+    ("--data_dir no/such/folder", "the data folder no/such/folder does not exist"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_bad_flags_are_one_line(flags: str, message: str | None, run: Run, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, out, err = run("train", "--max_steps", 2, "--output_dir", folder, *small, *flags.split())
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert "Traceback" not in out + err
+    assert not (folder / "metrics.json").exists()
+    assert not (folder / "adapter").exists()
+
+
+BAD_DATA = [
+    ("train.jsonl", "", "train.jsonl is empty"),
+    ("train.jsonl", '{"sentence": "a", "label": 0}\n{"sentence": ', "cannot read"),
+    ("train.jsonl", '{"text": "a", "label": 0}\n', "has no column 'sentence', which SST2 needs; it has: text, label"),
+    ("train.jsonl", '{"sentence": "a"}\n', "has no column 'label'"),
+    (
+        "train.jsonl",
+        '{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 2}\n',
+        "train.jsonl, row 2: label 2 is not one of 0 to 1, the options ' terrible', ' great'",
+    ),
+    ("train.jsonl", '{"sentence": "a", "label": "good"}\n', "row 1: label 'good' is not one of 0 to 1"),
+    ("train.jsonl", '{"sentence": "a", "label": null}\n', "row 1: label None is not one of 0 to 1"),
+    ("train.jsonl", '{"sentence": "  ", "label": 1}\n', "row 1: column 'sentence' holds no text"),
+    ("train.jsonl", '{"sentence": 5, "label": 1}\n', "row 1: column 'sentence' holds no text, but 5"),
+    ("train.csv", "sentence,label\n", "has no rows"),
+    ("train.csv", "sentence,label\nfine,-1\n", "row 1: label -1 is not one of 0 to 1"),
+    ("train.parquet", "this is not parquet", "cannot read"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), BAD_DATA, ids=[f"{f}-{m[:25]}" for f, _, m in BAD_DATA])
+def test_bad_data_is_one_line(
+    file: str, content: str, message: str, run: Run, small: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / file).write_text(content, encoding="utf-8")
+    write_rows(folder / "validation.jsonl", 4)
+    code, out, err = run("train", *small, "--data_dir", folder, "--output_dir", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "run").exists(), "nothing half-written stays behind"
+
+
+def test_missing_data_files(run: Run, small: list[str], tmp_path: Path) -> None:
+    command = ["train", *small, "--data_dir", tmp_path, "--output_dir", tmp_path / "run"]
+    assert "has no train file" in run(*command)[2]
+    write_rows(tmp_path / "train.jsonl", 4)
+    assert "has neither a test nor a validation file" in run(*command)[2]
+    write_rows(tmp_path / "validation.jsonl", 4)
+    (tmp_path / "train.csv").write_text("sentence,label\nx,1\n", encoding="utf-8")
+    assert "has several train files (train.jsonl, train.csv): keep one" in run(*command)[2]
+
+
+@pytest.mark.parametrize("file", ["model.gguf", "model.safetensors"])
+def test_corrupt_models(file: str, run: Run, small: list[str], model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for original in model_folder.iterdir():
+        (folder / original.name).write_bytes(original.read_bytes())
+    (folder / file).write_bytes(b"GGUF" + b"\x00\x01garbage" * 40)
+    name = folder / file if file.endswith("gguf") else folder
+    code, out, err = run("train", *small, "--model_name", name, "--output_dir", tmp_path / "run")
+    assert code == 2
+    assert "cannot load the model" in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_something_else_is_refused(run: Run, small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
+    code, _, err = run("train", *small, "--max_steps", 2, "--output_dir", tmp_path)
+    assert code == 2
+    assert "holds files of something else" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+    code, _, err = run("train", *small, "--max_steps", 2, "--output_dir", tmp_path / "letter.txt")
+    assert code == 2
+    assert "is a file" in err
+
+
+def test_another_run_in_the_folder_is_refused(run: Run, small: list[str], tmp_path: Path) -> None:
+    command = ["train", *small, "--max_steps", 2, "--output_dir", tmp_path]
+    assert run(*command)[0] == 0
+    before = (tmp_path / "metrics.json").read_bytes()
+    code, _, err = run(*command, "--zo_eps", "5e-3")
+    assert code == 2
+    assert "holds a run of another configuration (zo_eps 0.001 -> 0.005)" in err
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    assert run(*command, "--zo_eps", "5e-3", "--overwrite_output_dir")[0] == 0
+
+
+def test_a_diverging_run_stops_in_one_line(run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = "--lora --trainer regular --learning_rate 1e30 --max_steps 9 --save_steps 1 --max_grad_norm 0".split()
+    code, out, err = run("train", *small, *flags, "--output_dir", tmp_path)
+    assert code == 2
+    assert "which was not applied" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "metrics.json").exists()
+    assert list(tmp_path.glob("checkpoint-*"))
+
+
+def test_extra_args_reach_both_arms_and_may_not_contradict(run: Run, small: list[str], tmp_path: Path) -> None:
+    command = ["compare", "--output_root", tmp_path, "--max_steps", 2, "--lora_rank", 1, "--seeds", 0, *small]
+    assert run(*command, "--extra_args", "--zo_num_perturbations", 3)[0] == 0
+    for method in ("lora", "xgblora"):
+        metrics = json.loads((tmp_path / f"{method}_seed0" / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["forward_passes"] == 2 * 3 * 2
+    code, _, err = run(*command, "--lora_alpha", 16, "--extra_args", "--lora-alpha", 8)
+    assert code == 2
+    assert "--extra_args gives --lora_alpha 8.0, which contradicts --lora_alpha 16.0" in err
+    for own in (["--xgblora"], ["--extra_args", "--seed", "4"]):
+        code, _, err = run(*command, *own)
+        assert code == 2
+        assert "is set for each run of a comparison" in err
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_usage(argv: list[str], run: Run) -> None:
+    code, out, _ = run(*argv)
+    assert code == 0
+    for verb in ("train", "compare", "boost", "check", "demo"):
+        assert verb in out
+
+
+def test_unknown_verbs(run: Run) -> None:
+    code, _, err = run("fly")
+    assert code == 2
+    assert "unknown verb 'fly'" in err
+
+
+@pytest.mark.parametrize("script", ["run", "compare_xgblora_lora", "run_xgblora", "test_alpha_config"])
+def test_the_documented_scripts_start(script: str) -> None:
+    """As a process of its own, from the repository root; the check runs whole, the others show their flags."""
+    arguments = ["--rank", "1", "--alpha", "16"] if script == "test_alpha_config" else ["--help"]
+    done = subprocess.run(
+        [sys.executable, f"large_models/{script}.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("Check passed" if script == "test_alpha_config" else "--xgblora_steps_per_iteration") in done.stdout
