@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench      (Windows: the README gives the PowerShell lines)
+# make install | demo | test | lint      (Windows: the README gives the PowerShell lines)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -22,7 +22,4 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-bench: install
-	$(BIN)/python benchmarks/step_time.py
-
-.PHONY: install demo lint test bench
+.PHONY: install demo lint test

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LogLines, build
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from conftest import ARCHITECTURES, LogLines, build
 from xgblora import XgbloraError, attach
 from xgblora.adapters import Probe
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from conftest import ARCHITECTURES, build
 from xgblora import Adapters, Ledger, XgbloraError, attach, load_adapters
 from xgblora.adapters import BLOCK
 

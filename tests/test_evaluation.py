@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build, byte_tokenizer, examples
 from transformers import PreTrainedConfig
 
+from conftest import ARCHITECTURES, build, byte_tokenizer, examples
 from xgblora import Example, evaluate, predict
 from xgblora.tasks import TASKS
 

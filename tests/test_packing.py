@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, LogLines, build, examples
 from transformers import BloomConfig, Gemma2Config, GPTNeoConfig, MambaConfig, PreTrainedConfig, PreTrainedModel
 
+from conftest import ARCHITECTURES, LogLines, build, examples
 from xgblora import Example
 from xgblora.objectives import classification_loss, language_model_loss, option_scores
 from xgblora.packing import build_batch, choose_route

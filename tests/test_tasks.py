@@ -5,9 +5,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import LogLines, byte_tokenizer, write_rows
 from datasets import Dataset
 
+from conftest import LogLines, byte_tokenizer, write_rows
 from xgblora import XgbloraError, encode, get_task, load_model, load_splits, sample
 from xgblora.tasks import TASKS, Task
 

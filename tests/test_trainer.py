@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LogLines, build, examples, train
 from torch import Tensor
 
+from conftest import ARCHITECTURES, LogLines, build, examples, train
 from xgblora import DivergedError, RunConfig, Trainer, XgbloraError, attach
 from xgblora.objectives import classification_loss
 
@@ -256,3 +256,34 @@ def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
     adapters = attach(build(ARCHITECTURES["opt"]))
     with pytest.raises(XgbloraError, match="belong to another model"):
         Trainer(build(ARCHITECTURES["opt"]), config, adapters, examples(4))
+
+
+def test_boosted_adapters_must_have_rank_1(tmp_path: Path) -> None:
+    model = build(ARCHITECTURES["opt"])
+    config = RunConfig(output_dir=str(tmp_path), xgblora=True, use_cpu=True)
+    with pytest.raises(XgbloraError, match="pairs of rank 1, the adapters have rank 2"):
+        Trainer(model, config, attach(model, rank=2), examples(4))
+
+
+def test_data_workers_do_not_change_the_run(tmp_path: Path) -> None:
+    """Started as new processes, as on Windows: examples and collator must survive pickling."""
+    _, plain = train(tmp_path / "a", max_steps=4)
+    workers = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
+    _, spawned = train(tmp_path / "b", max_steps=4, **workers)
+    assert plain == spawned
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+def test_a_gradient_that_is_not_finite_stops_the_run(trainer: str, tmp_path: Path) -> None:
+    """A finite loss may have an infinite slope: such a step would poison the adapters for good."""
+
+    def steep(model: Any, batch: Any) -> Tensor:
+        losses = classification_loss(model, batch)
+        return (losses - losses.detach()).abs().sqrt() if trainer == "regular" else losses * 1e38
+
+    config = RunConfig(output_dir=str(tmp_path), max_steps=3, trainer=trainer, disable_tqdm=True, use_cpu=True)
+    model = build(ARCHITECTURES["opt"])
+    adapters = attach(model)
+    with pytest.raises(DivergedError, match=r"(the gradient is not finite|the loss is inf) at step 1"):
+        Trainer(model, config, adapters, examples(8), objective=steep).train()
+    assert all(torch.isfinite(p).all() for p in adapters.parameters())

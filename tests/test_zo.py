@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build, examples
 from torch import Tensor
 
+from conftest import ARCHITECTURES, build, examples
 from xgblora import attach
 from xgblora.objectives import classification_loss
 from xgblora.packing import build_batch

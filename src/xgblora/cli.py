@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(verb: str, argv: list[str]) -> int:
     config = parse(RunConfig, verb, argv)
     run(config)
-    _show(Result([read_curves(_folder(config))], [_folder(config) / "metrics.json"]))
+    folder = Path(str(config.output_dir))
+    files = [folder / name for name in ("adapter", "training_loss.jsonl", "metrics.json")]
+    _show(Result([read_curves(folder)], [file for file in files if file.exists()]))
     return 0
 
 
@@ -136,10 +138,6 @@ def _given(argv: Sequence[str], verb: str) -> dict[str, Any]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_known_args(list(argv))[0])
-
-
-def _folder(config: RunConfig) -> Path:
-    return Path(str(config.output_dir))
 
 
 def _show(result: Result) -> None:

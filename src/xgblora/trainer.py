@@ -62,8 +62,10 @@ class Trainer(transformers.Trainer):
         if adapters.model is not model:
             raise XgbloraError("the adapters belong to another model")
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split what is one packed row
-        if args.world_size > 1 and args.trainer == "zo":
-            raise XgbloraError("zeroth-order training runs in one process: start it without torchrun or accelerate")
+        if args.world_size > 1:
+            raise XgbloraError("training runs in one process: start it without torchrun or accelerate launch")
+        if args.xgblora and adapters.rank != 1:
+            raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {adapters.rank}")
         self.adapters = adapters
         self.ledger = Ledger(adapters)
         self.classification = args.train_as_classification is not False
@@ -101,7 +103,7 @@ class Trainer(transformers.Trainer):
             draws = direction_generators(args.seed, step, self._micro_batch, args.zo_num_perturbations)
             found = estimate_batch(self.adapters, self.objective, batch, draws, args.zo_eps, args.zo_directions)
             loss = found.loss
-            self._check(loss)
+            self._check(loss, found.gradient)
             self.adapters.accumulate_gradient(found.gradient * share)
             passes = 2 * len(draws)
         else:
@@ -109,6 +111,7 @@ class Trainer(transformers.Trainer):
             loss = differentiable.detach() / share
             self._check(loss)
             self.accelerator.backward(differentiable)
+            self._check(loss, *(p.grad for p in self.adapters.parameters()))
             passes = 1
         self.ledger.forward_passes += passes
         self.ledger.forward_tokens += passes * batch.tokens
@@ -117,11 +120,13 @@ class Trainer(transformers.Trainer):
         self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
         return loss * share
 
-    def _check(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
+    def _check(self, loss: Tensor, *gradients: Tensor | None) -> None:
+        finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+        if not torch.isfinite(loss) or not finite:
+            what = "the gradient is not finite" if torch.isfinite(loss) else f"the loss is {loss.item()}"
             raise DivergedError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, which was not applied: lower "
-                "--learning_rate or --zo_eps, or load the base in float32; the last checkpoint is kept"
+                f"{what} at step {self.state.global_step + 1}, which was not applied: lower --learning_rate or "
+                "--zo_eps, or load the base in float32; the last checkpoint is kept"
             )
 
     def evaluate(

@@ -42,7 +42,13 @@ def load_splits(task: Task, data_dir: str | None = None) -> Mapping[str, Dataset
         raise XgbloraError(f"cannot load the data of {task.name}: {reason} (--data_dir reads local files)") from error
 
 
-def sample(splits: Mapping[str, Dataset], num_train: int, num_dev: int, num_eval: int, train_set_seed: int) -> Samples:
+def sample(
+    splits: Mapping[str, Dataset],
+    num_train: int = 1000,
+    num_dev: int = 500,
+    num_eval: int = 1000,
+    train_set_seed: int = 0,
+) -> Samples:
     """Draw a run's rows.
 
     Train and dev rows are the first and the next rows of one permutation of the train split by ``train_set_seed``;
