@@ -98,6 +98,21 @@ def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -
     assert (root / "lora_seed0" / "metrics.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+def test_2000_steps_without_a_merge_are_bit_identical(trainer: str, run: Run, small: list[str], tmp_path: Path) -> None:
+    """The reason this project exists, at the length of the report."""
+    flags = "--max_steps 2000 --xgblora_steps_per_iteration 2000 --lora_rank 1 --lora_alpha 16 --seeds 0"
+    flags += " --eval_steps 1000 --save_strategy no --optim adamw_torch --learning_rate 1e-3 --zo_eps 1e-2"
+    code, out, _ = run("compare", "--output_root", tmp_path, *flags.split(), "--trainer", trainer, *small)
+    assert code == 0
+    assert "Merging" not in out
+    curves = [(tmp_path / f"{method}_seed0" / "training_loss.jsonl").read_bytes() for method in ("lora", "xgblora")]
+    assert curves[0] == curves[1]
+    losses = [json.loads(line)["loss"] for line in curves[0].splitlines()]
+    assert len(losses) == 200
+    assert losses[-1] < losses[0], "curves that never moved would be equal, too"
+
+
 def test_skip_completed_goes_on_and_never_reuses_another_configuration(
     run: Run, small: list[str], tmp_path: Path
 ) -> None:
@@ -120,17 +135,7 @@ def test_skip_completed_goes_on_and_never_reuses_another_configuration(
 
 
 def test_boost_evaluates_at_every_merge(run: Run, small: list[str], tmp_path: Path) -> None:
-    flags = [
-        "--max_steps",
-        "10",
-        "--xgblora_steps_per_iteration",
-        "3",
-        "--eval_steps",
-        "5",
-        "--seeds",
-        "0",
-        "--merge_eval_figure",
-    ]
+    flags = "--max_steps 10 --xgblora_steps_per_iteration 3 --eval_steps 5 --seeds 0 --merge_eval_figure".split()
     code, out, _ = run("boost", "--output_root", tmp_path, *flags, tmp_path / "merges.png", *small)
     assert code == 0
     assert [line for line in out.splitlines() if "Merging" in line] == [
@@ -159,18 +164,8 @@ def test_train_takes_every_spelling(run: Run, small: list[str], tmp_path: Path) 
 
 def test_train_resumes_and_finishes(run: Run, small: list[str], tmp_path: Path) -> None:
     """An unfinished folder goes on at its checkpoint and ends as if it had never stopped; a finished one says so."""
-    flags = [
-        "--xgblora",
-        "--xgblora_steps_per_iteration",
-        "4",
-        "--max_steps",
-        "10",
-        "--save_steps",
-        "3",
-        "--logging_steps",
-        "1",
-    ]
-    flags += ["--optim", "adamw_torch", "--learning_rate", "1e-2", "--eval_steps", "5"]
+    flags = "--xgblora --xgblora_steps_per_iteration 4 --max_steps 10 --save_steps 3 --logging_steps 1".split()
+    flags += "--optim adamw_torch --learning_rate 1e-2 --eval_steps 5".split()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = tmp_path / "result.json"
     assert run("train", *flags, "--output_dir", whole, *small, "--result_file", result)[0] == 0
@@ -403,20 +398,8 @@ def test_another_run_in_the_folder_is_refused(run: Run, small: list[str], tmp_pa
 
 
 def test_a_diverging_run_stops_in_one_line(run: Run, small: list[str], tmp_path: Path) -> None:
-    flags = [
-        "--lora",
-        "--trainer",
-        "regular",
-        "--learning_rate",
-        "1e30",
-        "--max_steps",
-        "9",
-        "--save_steps",
-        "1",
-        "--max_grad_norm",
-        "0",
-    ]
-    code, out, err = run("train", *small, *flags, "--output_dir", tmp_path)
+    flags = "--lora --trainer regular --learning_rate 1e30 --max_steps 9 --save_steps 1 --max_grad_norm 0".split()
+    code, _, err = run("train", *small, *flags, "--output_dir", tmp_path)
     assert code == 2
     assert "which was not applied" in err
     assert err.count("\n") == 1

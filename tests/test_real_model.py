@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xgblora import Example, Ledger, attach, encode, evaluate, load_model, load_splits
-from xgblora.models import _read_gguf, embedded_model_file
+from xgblora.models import embedded_model_file
 from xgblora.objectives import classification_loss, option_scores
 from xgblora.packing import build_batch, choose_route
 from xgblora.tasks import TASKS
@@ -23,7 +23,7 @@ def loaded() -> Loaded:
 
 def test_the_converted_model_is_the_gguf(loaded: Loaded) -> None:
     model, _, rows = loaded
-    direct, _ = _read_gguf(embedded_model_file(), torch.float32)
+    direct, _ = load_model(str(embedded_model_file()))
     ids = torch.tensor([rows[0].prompt])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, direct(ids).logits)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import datasets
 import transformers
 from rich.console import Console
 from tqdm import tqdm
@@ -165,8 +164,6 @@ def _set_up_output() -> None:
         package.addHandler(_BesideBars())
     package.propagate = False
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _fail(message: str) -> int:

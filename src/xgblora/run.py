@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 from transformers import PreTrainedModel, set_seed
 
 from xgblora.adapters import Adapters, attach
@@ -30,6 +32,9 @@ class Workspace:
     """The base model and the tokenised rows, loaded once and shared by runs that want the same."""
 
     def __init__(self, config: RunConfig) -> None:
+        if config.disable_tqdm:
+            datasets.disable_progress_bars()
+            transformers.logging.disable_progress_bar()
         self.task = get_task(config.task_name)
         splits = load_splits(self.task, config.data_dir)
         samples = sample(splits, config.num_train, config.num_dev, config.num_eval, config.train_set_seed)
