@@ -29,6 +29,7 @@ class DemoConfig(ExperimentConfig):
     per_device_eval_batch_size: int = HfArg(default=64, help="Examples scored at once.")
     lora_r: int | None = HfArg(default=1, aliases=["--lora_rank", "--lora-rank"], help="Rank of LoRA.")
     learning_rate: float = HfArg(default=3e-3, help="Learning rate of Adam.")
+    lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule, over all boosters of a run.")
     optim: str = HfArg(default="adamw_torch", help="Adam (weight decay is 0).")
     zo_eps: float = HfArg(default=1e-2, help="Length of a probe.")
     xgblora_steps_per_iteration: int = HfArg(default=50, help="Steps between merges.")
