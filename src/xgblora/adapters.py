@@ -118,7 +118,6 @@ class Adapters:
         self.layers = layers
         self.peft_config = peft_config
         self.seed = seed
-        self.device = next(iter(layers.values())).lora_A.device
         self.slices: list[tuple[AdaptedLinear, slice, slice]] = []
         """For each layer, where zA (r, in) and zB (r, out) lie in a flat vector of directions."""
         start = 0
@@ -129,6 +128,11 @@ class Adapters:
             start = stop
         self.size = start
         """Trainable parameters: the dimension of a direction."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pairs are: they move with the model."""
+        return next(iter(self.layers.values())).lora_A.device
 
     @property
     def rank(self) -> int:

@@ -118,17 +118,16 @@ def parse_experiment(verb: str, argv: Sequence[str]) -> ExperimentConfig:
     """
     argv = list(argv)
     mark = next((i for i, token in enumerate(argv) if token in ("--extra_args", "--extra-args")), len(argv))
-    given, extra = argv[:mark], argv[mark + 1 :]
-    for name, value in _given(given, verb).items():
-        if name in ("lora", "xgblora", "seed", "output_dir"):
+    before, extra = _given(argv[:mark], verb), _given(argv[mark + 1 :], verb)
+    for name in ("lora", "xgblora", "seed", "output_dir"):
+        if name in before or name in extra:
             raise XgbloraError(f"--{name} is set for each run of a comparison: use --seeds, --output_root")
-        for other, contradicting in _given(extra, verb).items():
-            if other == name and contradicting != value:
-                raise XgbloraError(f"--extra_args gives --{name} {contradicting}, which contradicts --{name} {value}")
-    for name in _given(extra, verb):
-        if name in ("lora", "xgblora", "seed", "output_dir"):
-            raise XgbloraError(f"--{name} is set for each run of a comparison: use --seeds, --output_root")
-    return parse(ExperimentConfig, verb, given + extra)
+    for name in before.keys() & extra.keys():
+        if before[name] != extra[name]:
+            raise XgbloraError(f"--extra_args gives --{name} {extra[name]}, which contradicts --{name} {before[name]}")
+    config = parse(ExperimentConfig, verb, argv[:mark] + argv[mark + 1 :])
+    config.output_root = config.output_root or f"runs/{verb}_{config.task_name}"
+    return config
 
 
 def _given(argv: Sequence[str], verb: str) -> dict[str, Any]:

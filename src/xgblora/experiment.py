@@ -46,8 +46,6 @@ class ExperimentConfig(RunConfig):
     eval_figure: str | None = HfArg(default=None, help="Default: eval.png in the folder.")
 
     def __post_init__(self) -> None:
-        if self.output_root is None:
-            self.output_root = f"runs/compare_{self.task_name}"
         self.output_dir = self.output_root
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise XgbloraError(f"--seeds must be different numbers of 0 or more, got {self.seeds}")
