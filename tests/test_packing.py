@@ -129,13 +129,11 @@ def test_the_check_of_packing_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were segments not kept apart, choose_route would see it."""
     from xgblora import packing
 
-    honest = packing._layout
+    def leaky(batch: packing.Batch) -> list[packing._Group]:
+        everything = torch.arange(batch.tokens)
+        return [packing._Group(everything, everything, 1, batch.tokens, None, None)]
 
-    def leaky(batch: packing.Batch) -> packing.Layout:
-        layout = honest(batch)
-        return packing.Layout(torch.arange(batch.tokens), 1, batch.tokens, None, layout.distance)
-
-    monkeypatch.setattr(packing, "_layout", leaky)
+    monkeypatch.setattr(packing, "_groups", leaky)
     assert not choose_route(build(ARCHITECTURES["llama"]))
 
 

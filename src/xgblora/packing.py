@@ -7,6 +7,7 @@ options of one token cost nothing. Models that cannot run this (:func:`choose_ro
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -22,6 +23,9 @@ from xgblora.errors import XgbloraError
 logger = logging.getLogger(__name__)
 
 _ATTENTION = "xgblora_packed"
+
+GROWTH = 1.3
+"""Rows whose lengths differ by less than this factor share a rectangle in the attention."""
 
 
 @dataclass(frozen=True)
@@ -205,36 +209,51 @@ def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the packed attention needs of a batch; travels through the model's keyword arguments."""
+class _Group:
+    """Rows of similar length, padded to one rectangle inside the attention."""
 
+    tokens: Tensor
+    """(n,) places of the group's tokens in the packed row."""
     slot: Tensor
+    """(n,) their places in the flattened (rows, longest) rectangle."""
     rows: int
     longest: int
     tree: Tensor | None
     """(rows, longest, longest) True where a query may look, None for plain causal segments."""
     distance: Tensor | None
-    """(rows, longest, longest) how many positions a key lies back; for sliding windows."""
+    """(rows, longest, longest) how many positions a key lies back; for sliding windows in trees."""
 
 
-def _layout(batch: Batch) -> Layout:
-    tree = distance = None
-    if batch.forked:
+def _groups(batch: Batch) -> list[_Group]:
+    """Attention costs rows x longest^2, so a long row must not stretch short ones: group lengths within GROWTH."""
+    row, column = batch.slot // batch.longest, batch.slot % batch.longest
+    lengths = torch.bincount(row, minlength=batch.rows)
+    bucket = (lengths.float().log() / math.log(GROWTH)).long()
+    if batch.slot.is_cuda:  # there, waiting for the sizes of groups costs more than padding
+        bucket = torch.zeros_like(bucket)
+    found = []
+    for value in bucket.unique().tolist():
+        mine = bucket == value
+        tokens = mine[row].nonzero()[:, 0]
+        rows, longest = int(mine.sum()), int(lengths[mine].max())
+        slot = (mine.cumsum(0) - 1)[row[tokens]] * longest + column[tokens]
+        masks = _tree(batch, tokens, slot, rows, longest) if batch.forked else (None, None)
+        found.append(_Group(tokens, slot, rows, longest, *masks))
+    return found
 
-        def grid(values: Tensor) -> Tensor:
-            return (
-                values.new_full((batch.rows * batch.longest,), -1)
-                .index_copy_(0, batch.slot, values)
-                .view(batch.rows, -1)
-            )
 
-        branch, position = grid(batch.branch), grid(batch.position_ids[0])
-        same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        distance = position[:, :, None] - position[:, None, :]
-        # A padding position may look at itself alone: a row of nothing but False would give NaN.
-        itself = torch.eye(batch.longest, dtype=torch.bool, device=branch.device)
-        tree = (same & (distance >= 0) & (branch[:, None, :] >= 0)) | itself
-    return Layout(batch.slot, batch.rows, batch.longest, tree, distance)
+def _tree(batch: Batch, tokens: Tensor, slot: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Who may look where, and how far back that is: both (rows, longest, longest)."""
+
+    def grid(values: Tensor) -> Tensor:
+        return values.new_full((rows * longest,), -1).index_copy_(0, slot, values[tokens]).view(rows, longest)
+
+    branch, position = grid(batch.branch), grid(batch.position_ids[0])
+    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    distance = position[:, :, None] - position[:, None, :]
+    # A padding position may look at itself alone: a row of nothing but False would give NaN.
+    itself = torch.eye(longest, dtype=torch.bool, device=branch.device)
+    return (same & (distance >= 0) & (branch[:, None, :] >= 0)) | itself, distance
 
 
 def _packed_attention(
@@ -249,38 +268,44 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one packed row: q, k, v are (1, heads, tokens, head_dim); returns (1, tokens, heads, head_dim).
 
-    Pads per segment inside the attention only. With right padding and a causal mask no real token ever looks at a
-    padded one, so plain segments need no mask at all.
+    Pads segments inside the attention only, group by group. With right padding and a causal mask no real token ever
+    looks at a padded one, so plain segments need no mask at all.
     """
-    layout: Layout = kwargs["xgblora_layout"]
+    groups: list[_Group] = kwargs["xgblora_groups"]
     if attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("packed attention knows no additive masks, soft caps or sinks")
-    cells = layout.rows * layout.longest
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
+    result = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in groups:
+        out = F.scaled_dot_product_attention(
+            *(_padded(x, group) for x in (q, k, v)),
+            attn_mask=(mask := _mask(group, kwargs.get("sliding_window"))),
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        result.index_copy_(0, group.tokens, out.transpose(1, 2).flatten(0, 1)[group.slot])
+    return result[None], None
 
-    def pad(x: Tensor) -> Tensor:
-        out = x.new_zeros(cells, x.shape[1], x.shape[3])
-        out[layout.slot] = x[0].transpose(0, 1)
-        return out.view(layout.rows, layout.longest, x.shape[1], x.shape[3]).transpose(1, 2)
 
-    mask = layout.tree
-    window = kwargs.get("sliding_window")
-    if window is not None and layout.longest > window:
-        distance = layout.distance
+def _padded(x: Tensor, group: _Group) -> Tensor:
+    """(tokens, heads, head_dim) of the packed row -> (rows, heads, longest, head_dim) of one group."""
+    cells = x.new_zeros(group.rows * group.longest, x.shape[1], x.shape[2])
+    cells.index_copy_(0, group.slot, x[group.tokens])
+    return cells.view(group.rows, group.longest, x.shape[1], x.shape[2]).transpose(1, 2)
+
+
+def _mask(group: _Group, window: int | None) -> Tensor | None:
+    """Boolean mask of a group, broadcast over heads; None where plain causal attention is meant."""
+    mask = group.tree
+    if window is not None and group.longest > window:
+        distance = group.distance
         if distance is None:
-            steps = torch.arange(layout.longest, device=query.device)
+            steps = torch.arange(group.longest, device=group.slot.device)
             distance = (steps[:, None] - steps[None, :])[None]
         near = (distance >= 0) & (distance < window)
         mask = near if mask is None else mask & near
-    out = F.scaled_dot_product_attention(
-        pad(query),
-        pad(key),
-        pad(value),
-        attn_mask=None if mask is None else mask[:, None],
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2).reshape(cells, query.shape[1], -1)[layout.slot][None], None
+    return None if mask is None else mask[:, None]
 
 
 AttentionInterface.register(_ATTENTION, _packed_attention)
@@ -305,7 +330,7 @@ def read_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                xgblora_layout=_layout(batch),
+                xgblora_groups=_groups(batch),
             ).last_hidden_state
     else:
         real = torch.zeros(batch.input_ids.numel(), dtype=torch.long, device=batch.slot.device)
