@@ -70,11 +70,12 @@ class AdaptedLinear(nn.Module):
         """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
         base = self.base_layer(x)
         rows = x.reshape(-1, self.in_features).float()
-        update = self._stacked(rows) if self.probe is None else self._probed(rows, *self.probe)
-        return (base + (self.scaling * update).view(base.shape)).to(base.dtype)
+        result = base.reshape(-1, self.out_features).float()
+        result = self._stacked(rows, result) if self.probe is None else self._probed(rows, result, *self.probe)
+        return result.view(base.shape).to(base.dtype)
 
-    def _stacked(self, x: Tensor) -> Tensor:
-        """All boosters and the pair, in blocks of fixed width: (t, in) -> (t, out).
+    def _stacked(self, x: Tensor, result: Tensor) -> Tensor:
+        """``result`` (t, out) plus scaling * all boosters and the pair at x (t, in), in blocks of fixed width.
 
         One wide product would be as right, but its summation order changes with its width: a merge would then tip
         the last bit of an activation here and there, and a half-precision base makes that a visible difference.
@@ -84,26 +85,27 @@ class AdaptedLinear(nn.Module):
         empty = -slots % BLOCK
         A = F.pad(torch.cat([self.booster_A, self.lora_A]), (0, 0, 0, empty))
         B = F.pad(torch.cat([self.booster_B, self.lora_B], dim=1), (0, empty))
-        update = x.new_zeros(x.shape[0], self.out_features)
         for block_A, block_B in zip(A.split(BLOCK), B.split(BLOCK, dim=1), strict=True):
-            update = torch.addmm(update, F.linear(x, block_A), block_B.T)
-        return update
+            result = torch.addmm(result, F.linear(x, block_A), block_B.T, alpha=self.scaling)
+        return result
 
-    def _probed(self, x: Tensor, z_A: Tensor, z_B: Tensor, select: Tensor) -> Tensor:
-        """B' A' x with each position's own A' and B'. Shapes: x (t, in), z_A (D, r, in), z_B (D, r, out).
+    def _probed(self, x: Tensor, result: Tensor, z_A: Tensor, z_B: Tensor, select: Tensor) -> Tensor:
+        """``result`` (t, out) plus scaling * B' A' x with each position's own A' and B', and the boosters.
 
-        The D directions of a batch are D more rows of two skinny products, so that the whole probe stays a
-        matrix product: gathering a direction for every position would move (t, in) floats from memory instead.
+        Shapes: x (t, in), z_A (D, r, in), z_B (D, r, out), select (t, D). The D directions of a batch are D more
+        rows of two skinny products, so that the whole probe stays a matrix product: gathering a direction for every
+        position would move (t, in) floats from memory instead.
         """
         count, rank, _ = z_A.shape
         products = F.linear(x, torch.cat([self.lora_A, z_A.flatten(0, 1)]))  # (t, r + D r)
         along = products[:, rank:].view(-1, count, rank)
         hidden = products[:, :rank] + (select[:, :, None] * along).sum(1)  # A' x: (t, r)
         spread = (select[:, :, None] * hidden[:, None, :]).flatten(1)  # (t, D r)
-        update = torch.cat([hidden, spread], dim=1) @ torch.cat([self.lora_B.T, z_B.flatten(0, 1)])
+        left, right = torch.cat([hidden, spread], dim=1), torch.cat([self.lora_B.T, z_B.flatten(0, 1)])
+        result = torch.addmm(result, left, right, alpha=self.scaling)
         if self.booster_A.shape[0]:
-            update = torch.addmm(update, F.linear(x, self.booster_A), self.booster_B.T)
-        return update
+            result = torch.addmm(result, F.linear(x, self.booster_A), self.booster_B.T, alpha=self.scaling)
+        return result
 
 
 class Adapters:
