@@ -46,7 +46,7 @@ class ExperimentConfig(RunConfig):
     eval_figure: str | None = HfArg(default=None, help="Default: eval.png in the folder.")
 
     def __post_init__(self) -> None:
-        self.output_dir = self.output_root
+        self.output_dir = self.output_root or "runs"
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise XgbloraError(f"--seeds must be different numbers of 0 or more, got {self.seeds}")
         super().__post_init__()

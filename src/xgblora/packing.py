@@ -277,9 +277,12 @@ def _packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
     result = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in groups:
+        mask = _mask(group, kwargs.get("sliding_window"))
         out = F.scaled_dot_product_attention(
-            *(_padded(x, group) for x in (q, k, v)),
-            attn_mask=(mask := _mask(group, kwargs.get("sliding_window"))),
+            _padded(q, group),
+            _padded(k, group),
+            _padded(v, group),
+            attn_mask=mask,
             is_causal=mask is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
