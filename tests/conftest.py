@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from xgblora import Example, RunConfig, Trainer, attach
-from xgblora.trainer import Ledger
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -191,6 +190,3 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "train.jsonl", 80)
     write_rows(folder / "validation.jsonl", 30)
     return folder
-
-
-__all__ = ["ARCHITECTURES", "Ledger", "build", "examples", "train"]
