@@ -55,7 +55,7 @@ def test_long_prompts_lose_their_beginning_with_one_counted_warning(log_lines: L
     ]
     found = encode(SST2, rows, tokenizer, 20)
     assert [len(e.prompt) + 1 for e in found] == [20, 10, 20]
-    assert tokenizer.decode(found[0].prompt) == "90123456789"[-12:] + " It was" or found[0].prompt[-7:]
+    assert tokenizer.decode(found[0].prompt) == "890123456789 It was"
     assert tokenizer.decode(found[0].prompt).endswith("456789 It was")
     assert log_lines.lines == ["2 of 3 prompts were longer than 19 tokens and lost their beginning"]
 

@@ -4,25 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.models import context_length
-from xgblora.objectives import option_scores
+from xgblora.objectives import option_scores, score_losses
 from xgblora.packing import Example, build_batch, choose_route
 from xgblora.tasks import Task, encode
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``accuracy`` in [0, 1], ``loss`` the mean over examples, ``predictions`` in the order given, ``tokens`` run."""
+    """``accuracy`` in [0, 1], ``loss`` the mean over examples, ``predictions`` in the order given."""
 
     accuracy: float
     loss: float
     predictions: list[int]
-    tokens: int
 
 
 @torch.inference_mode()
@@ -43,23 +41,18 @@ def evaluate(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     predictions = [0] * len(examples)
     losses = []
-    tokens = 0
     with tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]
             batch = build_batch(rows, packed).to(device)
             scores = option_scores(model, batch, normalised=not classification)
-            if classification:
-                losses.append(F.cross_entropy(scores, batch.label, reduction="none"))
-            else:
-                losses.append(-scores.gather(1, batch.label[:, None])[:, 0])
+            losses.append(score_losses(scores, batch.label, classification))
             for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
                 predictions[i] = prediction
-            tokens += batch.tokens
             bar.update(len(chosen))
     correct = sum(p == e.label for p, e in zip(predictions, examples, strict=True))
-    return Evaluation(correct / len(examples), torch.cat(losses).double().mean().item(), predictions, tokens)
+    return Evaluation(correct / len(examples), torch.cat(losses).double().mean().item(), predictions)
 
 
 def predict(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) -> list[str]:

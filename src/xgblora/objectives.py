@@ -34,11 +34,18 @@ def option_scores(model: PreTrainedModel, batch: Batch, normalised: bool = False
     return cells.index_copy(0, batch.option_cell, mean).view(batch.segments, batch.max_options)
 
 
+def score_losses(scores: Tensor, label: Tensor, classification: bool) -> Tensor:
+    """Losses (segments,) from scores (segments, options): cross-entropy, or minus the correct option's score."""
+    if classification:
+        return F.cross_entropy(scores, label, reduction="none")
+    return -scores.gather(1, label[:, None])[:, 0]
+
+
 def classification_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy of the correct option among all options, by their mean token log-probabilities (MeZO, B.2)."""
-    return F.cross_entropy(option_scores(model, batch), batch.label, reduction="none")
+    return score_losses(option_scores(model, batch), batch.label, classification=True)
 
 
 def language_model_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean negative log-probability of the correct option's tokens (and the prompt's where the examples say so)."""
-    return -option_scores(model, batch, normalised=True).gather(1, batch.label[:, None])[:, 0]
+    return score_losses(option_scores(model, batch, normalised=True), batch.label, classification=False)
