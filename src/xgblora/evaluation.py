@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from xgblora.inference_layout import inference_layout
 from xgblora.models import context_length
 from xgblora.objectives import option_scores, score_losses
 from xgblora.packing import Example, build_batch, choose_route
@@ -41,7 +42,10 @@ def evaluate(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     predictions = [0] * len(examples)
     losses = []
-    with tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar:
+    with (
+        inference_layout(model),
+        tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar,
+    ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]

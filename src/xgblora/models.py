@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants as hub_constants
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from xgblora.config import EMBEDDED_MODEL
 from xgblora.errors import XgbloraError
@@ -85,6 +87,11 @@ def context_length(model: PreTrainedModel) -> int | None:
         if isinstance(length := getattr(model.config, name, None), int):
             return length
     return None
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The blocks that the model runs one after the other, by name, in order; empty where it does not say."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
 
 
 def _read_folder(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -266,18 +267,23 @@ def _packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row: q, k, v are (1, heads, tokens, head_dim); returns (1, tokens, heads, head_dim).
-
-    Pads segments inside the attention only, group by group. With right padding and a causal mask no real token ever
-    looks at a padded one, so plain segments need no mask at all.
-    """
-    groups: list[_Group] = kwargs["xgblora_groups"]
+    """What transformers calls: q, k, v are (1, heads, tokens, head_dim); returns (1, tokens, heads, head_dim)."""
     if attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("packed attention knows no additive masks, soft caps or sinks")
+    attend = _opaque_attend if torch.compiler.is_compiling() else _attend
+    return attend(query, key, value, scaling, kwargs.get("sliding_window")), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attention of one packed row, group by group of the row in progress.
+
+    Pads segments inside the attention only. With right padding and a causal mask no real token ever looks at a
+    padded one, so plain segments need no mask at all.
+    """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    result = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for group in groups:
-        mask = _mask(group, kwargs.get("sliding_window"))
+    result = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    for group in _groups_of_row.get():
+        mask = _mask(group, window)
         out = F.scaled_dot_product_attention(
             _padded(q, group),
             _padded(k, group),
@@ -288,7 +294,18 @@ def _packed_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
         result.index_copy_(0, group.tokens, out.transpose(1, 2).flatten(0, 1)[group.slot])
-    return result[None], None
+    return result[None]
+
+
+_groups_of_row: ContextVar[list[_Group]] = ContextVar("_groups_of_row")
+"""Groups of the row in progress: beside the model's arguments, of which torch.compile would keep a copy for each."""
+
+_opaque_attend = torch.library.custom_op("xgblora::attend", _attend, mutates_args=())
+
+
+@_opaque_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    return value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 def _padded(x: Tensor, group: _Group) -> Tensor:
@@ -315,25 +332,24 @@ AttentionInterface.register(_ATTENTION, _packed_attention)
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run with another attention; outside, the model is as its user left it (generation works as ever)."""
+def _packed_row(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """Attend as ``batch`` is packed; outside, the model is as its user left it (generation works as ever)."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = name
+    model.config._attn_implementation = _ATTENTION
+    groups = _groups_of_row.set(_groups(batch))
     try:
         yield
     finally:
+        _groups_of_row.reset(groups)
         model.config._attn_implementation = before
 
 
 def read_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states at the positions that predict something: (reads, hidden), in the base's dtype."""
     if batch.packed:
-        with _attention(model, _ATTENTION):
+        with _packed_row(model, batch):
             hidden = model.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                xgblora_groups=_groups(batch),
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
     else:
         real = torch.zeros(batch.input_ids.numel(), dtype=torch.long, device=batch.slot.device)

@@ -6,6 +6,7 @@ optimizer, its schedule, logging, checkpoints, callbacks and resuming are transf
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from transformers import (
 
 from xgblora.adapters import Adapters
 from xgblora.boosters import Ledger
+from xgblora.compilation import compiled
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate
+from xgblora.inference_layout import inference_layout
 from xgblora.objectives import Objective, classification_loss, language_model_loss
 from xgblora.packing import Batch, Example, build_batch, choose_route
 from xgblora.schedule import Schedule, resolve
@@ -90,6 +93,15 @@ class Trainer(transformers.Trainer):
     def packed(self) -> bool:
         """Whether batches are packed rows (else padded ones)."""
         return bool(self.data_collator.packed)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as transformers' Trainer does, with the frozen base laid out (and compiled) for forwards alone."""
+        with ExitStack() as fast:
+            if self.args.trainer == "zo":
+                fast.enter_context(inference_layout(self.model))
+            if self.args.torch_compile:
+                fast.enter_context(compiled(self.model))
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

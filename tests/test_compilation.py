@@ -1,0 +1,40 @@
+"""--torch_compile: the losses stay, and nothing is compiled anew for another batch, a merge or an evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from conftest import ARCHITECTURES, build, examples, train
+from xgblora import attach
+from xgblora.compilation import compiled
+from xgblora.objectives import option_scores
+from xgblora.packing import build_batch
+
+
+def test_a_run_compiles_one_graph_and_learns_the_same(tmp_path: Path) -> None:
+    flags = {"xgblora": True, "xgblora_steps_per_iteration": 3, "max_steps": 10, "per_device_train_batch_size": 4}
+    flags |= {"eval_strategy": "steps", "eval_steps": 5}
+    _, expected = train(tmp_path / "eager", build(ARCHITECTURES["llama"]), **flags)
+    torch._dynamo.reset()
+    counters.clear()
+    trainer, found = train(tmp_path / "compiled", build(ARCHITECTURES["llama"]), torch_compile=True, **flags)
+    assert len(trainer.ledger.boosters) == 3
+    assert counters["stats"]["unique_graphs"] == 2  # the trial, and one for all layers, batches and boosters
+    assert not counters["graph_break"]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "mistral"])
+def test_compiled_scores_are_the_eager_ones(name: str) -> None:
+    model = build(ARCHITECTURES[name])
+    attach(model)
+    with torch.inference_mode():
+        for size in (5, 3):
+            batch = build_batch(examples(size, options=[[5], [9, 4]], seed=size))
+            expected = option_scores(model, batch)
+            with compiled(model):
+                found = option_scores(model, batch)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(option_scores(model, batch), expected)  # eager again
