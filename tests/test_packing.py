@@ -8,7 +8,7 @@ from transformers import BloomConfig, Gemma2Config, GPTNeoConfig, MambaConfig, P
 from conftest import ARCHITECTURES, LogLines, build, examples
 from xgblora import Example
 from xgblora.objectives import classification_loss, language_model_loss, option_scores
-from xgblora.packing import build_batch, choose_route
+from xgblora.packing import FILLING, build_batch, choose_route
 
 ROWS = [
     Example([3, 50, 60, 70, 80], [[5], [9]], 0),
@@ -146,3 +146,22 @@ def test_the_models_own_attention_is_restored() -> None:
         classification_loss(model, build_batch(ROWS))
     assert model.config._attn_implementation == before
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), generated)
+
+
+def test_filler_changes_no_score_and_leaves_few_token_counts() -> None:
+    model = build(ARCHITECTURES["mistral"])
+    counts = set()
+    for size in range(1, 60):
+        batch = build_batch(examples(size, seed=size))
+        filled = batch.filled()
+        counts.add(filled.input_ids.numel())
+        assert batch.tokens <= filled.input_ids.numel() < batch.tokens * (1 + 1 / FILLING) + 8
+        if size % 20 == 1:
+            with torch.no_grad():
+                torch.testing.assert_close(option_scores(model, filled), option_scores(model, batch))
+    assert len(counts) < 45
+
+
+def test_padded_rows_need_no_filler() -> None:
+    batch = build_batch(ROWS, packed=False)
+    assert batch.filled() is batch

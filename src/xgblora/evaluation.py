@@ -49,7 +49,7 @@ def evaluate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]
-            batch = build_batch(rows, packed).to(device)
+            batch = build_batch(rows, packed).to(device).filled()
             scores = option_scores(model, batch, normalised=not classification)
             losses.append(score_losses(scores, batch.label, classification))
             for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):

@@ -4,7 +4,9 @@ torch hands a weight to the library in rows; the library then reorders it in eve
 Reordered once, SmolLM2's products are up to 1.4 times faster in float32 (``benchmarks/step_time.py`` has the step).
 """
 
+import ctypes
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,7 @@ def inference_layout(model: PreTrainedModel) -> Iterator[None]:
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     head = model.get_output_embeddings()  # read row by row
     changed: dict[str, ReorderedLinear] = {}
+    freed = _FreedMemory()
     try:
         for name, module in list(model.named_modules()):
             if type(module) not in (nn.Linear, Conv1D) or module is head:
@@ -84,7 +87,26 @@ def inference_layout(model: PreTrainedModel) -> Iterator[None]:
                 logger.debug("%s weights keep their layout here: %s", weight.dtype, error)
                 break
             model.set_submodule(name, changed[name])
+            freed.add(changed[name].reordered.nbytes)
         yield
     finally:
-        for name, layer in changed.items():
+        for name in list(changed):
+            layer = changed.pop(name)
             model.set_submodule(name, layer.restore())
+            freed.add(layer.reordered.nbytes)
+
+
+class _FreedMemory:
+    """Returns what was freed to the system, every 32 MB: glibc keeps the holes between tensors, at twice the memory."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self.trim = getattr(library, "malloc_trim", None)
+
+    def add(self, freed: int) -> None:
+        """Count the bytes of a tensor that was let go."""
+        self.held += freed
+        if self.trim is not None and self.held >= 32 * 2**20:
+            self.trim(0)
+            self.held = 0

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import logging
 import shutil
 import tempfile
@@ -46,6 +47,9 @@ def load_model(name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32) -
             f"cannot load the model {name!r}: {reason[:300]} (give a hub id, a folder or a .gguf file)"
         ) from error
     model.requires_grad_(False)
+    # Tensors mapped from a file keep all of it in memory while one of them lives: own copies are freed one by one.
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
     return model.eval(), tokenizer
 
 

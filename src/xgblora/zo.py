@@ -79,7 +79,7 @@ def estimate_batch(
     directions: Literal["per_example", "shared"],
 ) -> Estimate:
     """The same for the pairs in training of ``adapters`` and the examples of ``batch``: both signs in one forward."""
-    both = batch.repeat(2)
+    both = batch.repeat(2).filled()
 
     def losses(z: Tensor, steps: Tensor) -> Tensor:
         with adapters.probing(Probe(z, steps[both.token_segment])):

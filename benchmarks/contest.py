@@ -1,0 +1,134 @@
+"""Contenders that take turns: each in a process of its own, one step each a round, so that drift hits all alike."""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from xgblora import Example, RunConfig, Trainer, attach, encode, get_task, load_splits, sample
+from xgblora.record import PeakMemory
+
+
+class Turns:
+    """A contender's side: ``while turns.wait(): step(); turns.done()``."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.memory = PeakMemory(torch.device("cpu"))
+        self.started = 0.0
+        pipe.send("ready")
+
+    def wait(self) -> bool:
+        """Sleep until it is this contender's turn; False when there are no more."""
+        turn: bool = self.pipe.recv()
+        self.started = time.perf_counter()
+        return turn
+
+    def done(self) -> None:
+        """The step is over."""
+        self.pipe.send(time.perf_counter() - self.started)
+
+
+Contender = Callable[..., None]
+"""(get_turns, ...): prepares, calls ``get_turns()``, then steps until the turns are over. Importable, for spawn."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``seconds``: median of each contender's steps. ``peak_mb``: its peak resident memory from its first turn on."""
+
+    seconds: dict[str, float]
+    peak_mb: dict[str, float]
+
+
+def contest(contenders: Mapping[str, Contender], rounds: int, warm_up: int = 2) -> Outcome:
+    """Let the contenders take turns, ``warm_up`` rounds uncounted and ``rounds`` counted."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Any] = {}
+    for name, contender in contenders.items():
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=_contend, args=(contender, theirs), daemon=True).start()
+        pipes[name].recv()  # one after the other: loading is not part of the contest
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in tqdm(range(-warm_up, rounds), desc="rounds"):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken = pipe.recv()
+            if number >= 0:
+                seconds[name].append(taken)
+    peak = {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        peak[name] = pipe.recv()
+    return Outcome({name: statistics.median(taken) for name, taken in seconds.items()}, peak)
+
+
+def _contend(contender: Contender, pipe: Connection) -> None:
+    torch.set_num_threads(multiprocessing.cpu_count())
+    turns: list[Turns] = []
+
+    def get_turns() -> Turns:
+        turns.append(Turns(pipe))
+        return turns[0]
+
+    contender(get_turns)
+    pipe.send(turns[0].memory.read())
+
+
+def real_rows(tokenizer: Any, count: int) -> list[Example]:
+    """The same Rotten Tomatoes sentences for every contender, in the same order."""
+    task = get_task("RottenTomatoes")
+    return encode(task, sample(load_splits(task), num_train=count).train, tokenizer, 2048)
+
+
+def batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """``rows`` cut into full batches, in order."""
+    return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+
+
+class _TakesTurns(TrainerCallback):
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.turns.wait()
+
+    def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.turns.done()
+        control.should_training_stop = not self.turns.wait()
+
+
+def train_in_turns(
+    get_turns: Callable[[], Turns], model: Any, rows: Sequence[Example], size: int, boosters: int = 0, **flags: Any
+) -> None:
+    """Steps of the real Trainer, from fetching the data to the update, in the order of ``rows``."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(
+            output_dir=folder,
+            xgblora=True,
+            per_device_train_batch_size=size,
+            max_steps=10**6,
+            train_sampling_strategy="sequential",
+            optim="adamw_torch",
+            learning_rate=3e-3,
+            zo_eps=1e-2,
+            save_strategy="no",
+            disable_tqdm=True,
+            **{"xgblora_merge_frequency": 0} | flags,
+        )
+        adapters = attach(model, xgblora=True)
+        trainer = Trainer(model, config, adapters, rows)
+        for _ in range(boosters):
+            for layer in adapters.layers.values():
+                torch.nn.init.normal_(layer.lora_B, std=1e-4)  # a booster of zeros would be as cheap, but no booster
+            trainer.ledger.merge(0, "benchmark", 0.0)
+        trainer.add_callback(_TakesTurns(get_turns()))
+        trainer.train()
