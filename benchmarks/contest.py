@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from xgblora import Example, RunConfig, Trainer, attach, encode, get_task, load_splits, sample
+from xgblora import Example, LayerSubset, RunConfig, Trainer, attach, encode, get_task, load_splits, sample
 from xgblora.record import PeakMemory
 
 
@@ -107,7 +107,13 @@ class _TakesTurns(TrainerCallback):
 
 
 def train_in_turns(
-    get_turns: Callable[[], Turns], model: Any, rows: Sequence[Example], size: int, boosters: int = 0, **flags: Any
+    get_turns: Callable[[], Turns],
+    model: Any,
+    rows: Sequence[Example],
+    size: int,
+    boosters: int = 0,
+    subset: LayerSubset | None = None,
+    **flags: Any,
 ) -> None:
     """Steps of the real Trainer, from fetching the data to the update, in the order of ``rows``."""
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +130,7 @@ def train_in_turns(
             disable_tqdm=True,
             **{"xgblora_merge_frequency": 0} | flags,
         )
-        adapters = attach(model, xgblora=True)
+        adapters = attach(model, xgblora=True, layers=subset)
         trainer = Trainer(model, config, adapters, rows)
         for _ in range(boosters):
             for layer in adapters.layers.values():

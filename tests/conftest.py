@@ -85,11 +85,11 @@ def train(
     """A short training of a tiny OPT with every loss logged; returns the trainer and the losses."""
     flags = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 3e-3, "zo_eps": 1e-2} | flags
     flags = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | flags
-    resume, packed = flags.pop("resume", None), flags.pop("packed", None)
+    resume, packed, layers = (flags.pop(name, None) for name in ("resume", "packed", "layers"))
     config = RunConfig(output_dir=str(folder), **flags)
     model = model or build(ARCHITECTURES["opt"])
     adapters = attach(
-        model, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, xgblora=config.xgblora
+        model, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora, layers
     )
     trainer = Trainer(model, config, adapters, rows or examples(64), examples(32, seed=1), packed=packed)
     trainer.train(resume_from_checkpoint=resume)

@@ -189,6 +189,17 @@ def test_train_resumes_and_finishes(run: Run, small: list[str], tmp_path: Path) 
     assert "is complete: nothing to do" in out
 
 
+def test_boosters_of_few_layers(run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = "--xgblora --xgblora_layers 1 --xgblora_layer_choice top --xgblora_steps_per_iteration 2 --max_steps 4"
+    code, _, err = run("train", *flags.split(), "--output_dir", tmp_path / "run", *small)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert metrics["merge_steps"] == [2]
+    assert metrics["trainable_parameters"] == 4 * 32  # A and B of q and v in one of two layers
+    assert config["xgblora_layers"] == 1
+
+
 @pytest.mark.parametrize("trainer", ["regular", "none"])
 def test_other_trainers(trainer: str, run: Run, small: list[str], tmp_path: Path) -> None:
     code, out, _ = run("train", "--trainer", trainer, "--max_steps", 4, "--output_dir", tmp_path / "run", *small)
@@ -294,6 +305,10 @@ BAD_FLAGS = [
     ("--lora_target_modules nothing", "no layer of OPTForCausalLM is named nothing; give --lora_target_modules, here"),
     ("--model_name ./no/such/folder", "the model folder ./no/such/folder does not exist"),
     ("--model_name nobody/no-such-model", "cannot load the model 'nobody/no-such-model'"),
+    ("--xgblora --xgblora_layers 3", "--xgblora_layers must be 1 to 2, the layers with adapters, got 3"),
+    ("--xgblora --xgblora_layers -1", "--xgblora_layers must be 0 or more"),
+    ("--activation_cache_gb -1", "--activation_cache_gb must be 0 or more"),
+    ("--activation_cache_gb nan", "--activation_cache_gb must be 0 or more"),
     ("--torch_compile --trainer regular", "--torch_compile is for --trainer zo"),
     ("--torch_compile_mode max-autotune", "--torch_compile_mode is not supported"),
     ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),

@@ -1,6 +1,6 @@
 """Forward-only fine-tuning of causal language models with LoRA and XGBLoRA."""
 
-from xgblora.adapters import Adapters, attach
+from xgblora.adapters import Adapters, LayerSubset, attach
 from xgblora.boosters import Ledger, load_adapters
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
@@ -14,6 +14,7 @@ __all__ = [
     "Adapters",
     "DivergedError",
     "Example",
+    "LayerSubset",
     "Ledger",
     "RunConfig",
     "Trainer",

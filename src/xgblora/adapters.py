@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from xgblora.compilation import Opaque
 from xgblora.config import warn_rank
 from xgblora.errors import XgbloraError
+from xgblora.models import decoder_layers
 from xgblora.randomness import generator
 
 logger = logging.getLogger(__name__)
@@ -109,6 +111,14 @@ class AdaptedLinear(Opaque):
         return result
 
 
+@dataclass(frozen=True)
+class LayerSubset:
+    """Each pair trains in ``count`` decoder layers: a random subset (XGBLoRA, arXiv 2410.19694), or the top ones."""
+
+    count: int
+    choice: Literal["random", "top"] = "random"
+
+
 class Adapters:
     """All adapted layers of one model: the handle that training, boosting and saving work with.
 
@@ -116,21 +126,34 @@ class Adapters:
     order. Create it with :func:`attach`.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: dict[str, AdaptedLinear], peft_config: LoraConfig, seed: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: dict[str, AdaptedLinear],
+        peft_config: LoraConfig,
+        seed: int,
+        subset: LayerSubset | None = None,
+    ) -> None:
         self.model = model
         self.layers = layers
         self.peft_config = peft_config
         self.seed = seed
+        self.subset = subset
         self.slices: list[tuple[AdaptedLinear, slice, slice]] = []
-        """For each layer, where zA (r, in) and zB (r, out) lie in a flat vector of directions."""
-        start = 0
-        for layer in layers.values():
-            middle = start + layer.lora_A.numel()
-            stop = middle + layer.lora_B.numel()
-            self.slices.append((layer, slice(start, middle), slice(middle, stop)))
-            start = stop
-        self.size = start
+        """For each layer that trains, where zA (r, in) and zB (r, out) lie in a flat vector of directions."""
+        self.size = 0
         """Trainable parameters: the dimension of a direction."""
+        self.lowest_layer: str | None = None
+        """The decoder layer below which nothing trains; None where that is the first one, or not known."""
+        self._blocks = list(decoder_layers(model))
+        self._home = {name: _home(name, self._blocks) for name in layers}
+        if subset is not None:
+            possible = len(set(self._home.values()) - {None})
+            if not 1 <= subset.count <= possible:
+                raise XgbloraError(
+                    f"--xgblora_layers must be 1 to {possible}, the layers with adapters, got {subset.count}"
+                )
+        self.choose_layers(0)
 
     @property
     def device(self) -> torch.device:
@@ -158,9 +181,35 @@ class Adapters:
             yield layer.lora_A
             yield layer.lora_B
 
+    def choose_layers(self, number: int) -> None:
+        """Let pair ``number`` train in the layers that its subset takes: a function of (seed, number) alone."""
+        homes = sorted({home for home in self._home.values() if home is not None})
+        if self.subset is None:
+            chosen = set(self._home.values())
+        elif self.subset.choice == "top":
+            chosen = set(homes[-self.subset.count :])
+        else:
+            order = torch.randperm(len(homes), generator=generator(self.seed, "layers", number)).tolist()
+            chosen = {homes[index] for index in order[: self.subset.count]}
+        self.slices, start = [], 0
+        for name, layer in self.layers.items():
+            if self._home[name] not in chosen:
+                continue
+            middle = start + layer.lora_A.numel()
+            stop = middle + layer.lora_B.numel()
+            self.slices.append((layer, slice(start, middle), slice(middle, stop)))
+            start = stop
+        self.size = start
+        lowest = min((-1 if home is None else home) for home in chosen)
+        self.lowest_layer = self._blocks[lowest] if lowest > 0 else None
+
     @torch.no_grad()
     def new_pair(self, number: int) -> None:
-        """Start pair ``number`` (0, 1, ...): A Kaiming-uniform with a = sqrt(5), B zero, drawn from (seed, number)."""
+        """Start pair ``number`` (0, 1, ...): A Kaiming-uniform with a = sqrt(5), B zero, drawn from (seed, number).
+
+        Layers outside its subset keep B = 0: there the pair adds nothing.
+        """
+        self.choose_layers(number)
         draw = generator(self.seed, "pair", number)
         for layer in self.layers.values():
             fresh = torch.empty(layer.lora_A.shape)
@@ -201,6 +250,13 @@ class Adapters:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad += part
 
+    def keep_chosen_gradients(self) -> None:
+        """Drop what backpropagation wrote into the pairs of layers that do not train."""
+        trains = {id(layer) for layer, _, _ in self.slices}
+        for layer in self.layers.values():
+            if id(layer) not in trains:
+                layer.lora_A.grad = layer.lora_B.grad = None
+
     def detach(self) -> None:
         """Put the base layers back; the model is what it was before :func:`attach`."""
         for name, layer in self.layers.items():
@@ -214,13 +270,15 @@ def attach(
     target_modules: Sequence[str] | str | None = None,
     seed: int = 0,
     xgblora: bool = False,
+    layers: LayerSubset | None = None,
 ) -> Adapters:
     """Freeze ``model`` and put adapters on its target layers, in place.
 
     ``target_modules``: names of layers (or one regular expression) as PEFT understands them; None takes PEFT's
     default for the architecture (q and v projections). ``seed`` decides the first A of every pair. With ``xgblora``
-    the rank is 1, whatever was asked for. Raises :class:`XgbloraError` where no layer matches, one that matches
-    is not linear, or the rank is below 1.
+    the rank is 1, whatever was asked for. ``layers``: every pair trains in a subset of the decoder layers. Raises
+    :class:`XgbloraError` where no layer matches, one that matches is not linear, the rank is below 1, or the subset
+    is larger than what there is.
     """
     if rank < 1:
         raise XgbloraError(f"the rank of an adapter must be at least 1, got {rank}")
@@ -248,14 +306,24 @@ def attach(
     peft_config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in matches.values())
     model.requires_grad_(False)
     logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", rank, alpha, xgblora)
-    layers = {}
+    adapted = {}
     device = next(model.parameters()).device
     for name, module in matches.items():
-        layers[name] = AdaptedLinear(module, rank, alpha / rank, device)
-        model.set_submodule(name, layers[name])
-    adapters = Adapters(model, layers, peft_config, seed)
+        adapted[name] = AdaptedLinear(module, rank, alpha / rank, device)
+        model.set_submodule(name, adapted[name])
+    try:
+        adapters = Adapters(model, adapted, peft_config, seed, layers)
+    except XgbloraError:
+        for name, module in matches.items():
+            model.set_submodule(name, module)
+        raise
     adapters.new_pair(0)
     return adapters
+
+
+def _home(layer: str, blocks: list[str]) -> int | None:
+    """Number of the decoder layer that holds ``layer``."""
+    return next((number for number, block in enumerate(blocks) if layer.startswith(f"{block}.")), None)
 
 
 def _targets(model: PreTrainedModel, asked: Sequence[str] | str | None) -> list[str] | str:

@@ -120,6 +120,7 @@ class Ledger:
         if tensors:
             raise XgbloraError(f"{folder / WEIGHTS} adapts {next(iter(tensors))}, the model does not")
         self.boosters = boosters
+        self.adapters.choose_layers(count)
         self.patience = PatienceState(**about["patience"])
         self.forward_passes, self.forward_tokens = about["forward_passes"], about["forward_tokens"]
 

@@ -116,6 +116,11 @@ class RunConfig(TrainingArguments):
     xgblora_min_steps_per_adapter: int = HfArg(default=0, help="Adaptive merge: least steps of a booster.")
     xgblora_max_steps_per_adapter: int = HfArg(default=0, help="Adaptive merge: most steps of a booster; 0 = none.")
 
+    xgblora_layers: int = HfArg(default=0, help="Layers in which each booster trains, chosen anew for it; 0 = all.")
+    xgblora_layer_choice: Literal["random", "top"] = HfArg(
+        default="random", help="Which ones: a random subset, or the top layers (then a step computes only these)."
+    )
+
     # --- Zeroth-order estimator ---
     zo_eps: float = HfArg(default=1e-3, help="Length of a probe, epsilon: losses are taken at theta +- eps z.")
     zo_num_perturbations: int = HfArg(default=1, help="Two-sided probes averaged in a step.")
@@ -127,6 +132,10 @@ class RunConfig(TrainingArguments):
     torch_compile: bool = HfArg(
         default=False,
         help="Fuse what lies between matrix products: compiles for half a minute, then saves up to a fifth of a step.",
+    )
+
+    activation_cache_gb: float = HfArg(
+        default=1.0, help="With layers that do not train below those that do: memory for their activations; 0 = none."
     )
 
     # --- Precision of the frozen base (adapters, losses and differences are always float32) ---
@@ -218,8 +227,10 @@ class RunConfig(TrainingArguments):
             "xgblora_merge_frequency",
             "xgblora_min_steps_per_adapter",
             "xgblora_max_steps_per_adapter",
+            "xgblora_layers",
+            "activation_cache_gb",
         ):
-            if getattr(self, flag) < 0:
+            if not getattr(self, flag) >= 0:
                 refuse(flag, "0 or more")
         for flag in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self, flag)
@@ -236,7 +247,11 @@ class RunConfig(TrainingArguments):
         for flag, reason in REFUSED.items():
             if getattr(self, flag):
                 raise XgbloraError(f"--{flag} is not supported: {reason}")
-        for flag, choices in (("trainer", ("zo", "regular", "none")), ("zo_directions", ("per_example", "shared"))):
+        for flag, choices in (
+            ("trainer", ("zo", "regular", "none")),
+            ("zo_directions", ("per_example", "shared")),
+            ("xgblora_layer_choice", ("random", "top")),
+        ):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choices))
         if self.lora and self.xgblora:
@@ -310,6 +325,7 @@ def arm(config: RunConfig, method: Literal["lora", "xgblora"], **changes: Any) -
     else:
         own = {"lora": True, "xgblora": False, "lora_r": config.lora_r}
         own |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_use_adaptive_merge": False}
+        own |= {"xgblora_layers": 0}
     return changed(config, **own, lora_alpha=config.lora_alpha, **changes)
 
 
@@ -329,7 +345,9 @@ def notes(config: RunConfig) -> list[str]:
     if config.method == "xgblora" and config.xgblora_steps_per_iteration > 0 and config.xgblora_merge_frequency > 0:
         found.append("--xgblora_merge_frequency has no effect: --xgblora_steps_per_iteration decides when to merge")
     if config.method == "lora":
-        names = given("xgblora_steps_per_iteration", "xgblora_merge_frequency", "xgblora_use_adaptive_merge")
+        names = given(
+            "xgblora_steps_per_iteration", "xgblora_merge_frequency", "xgblora_use_adaptive_merge", "xgblora_layers"
+        )
         found += [f"--{name} has no effect without --xgblora" for name in names]
     if not config.xgblora_use_adaptive_merge:
         names = given(
@@ -343,6 +361,9 @@ def notes(config: RunConfig) -> list[str]:
     if config.trainer != "zo":
         names = given("zo_eps", "zo_num_perturbations", "zo_directions")
         found += [f"--{name} has no effect with --trainer {config.trainer}" for name in names]
+    if not config.xgblora_layers:
+        names = given("xgblora_layer_choice")
+        found += [f"--{name} has no effect without --xgblora_layers" for name in names]
     if config.train_as_classification and not config.only_train_option:
         found.append("--only_train_option has no effect with --train_as_classification")
     return found

@@ -77,6 +77,8 @@ class Batch:
     """(options,) segment x max_options + place of the option in its example."""
     label: Tensor
     """(segments,) place of the correct option."""
+    examples: tuple[Example, ...]
+    """What the batch was built from, segment by segment."""
     segments: int
     rows: int
     longest: int
@@ -140,6 +142,7 @@ class Batch:
             target_option=tile(self.target_option, self.option_cell.numel()),
             option_cell=tile(self.option_cell, self.segments * self.max_options),
             label=self.label.repeat(times),
+            examples=self.examples * times,
             segments=self.segments * times,
             rows=self.rows * times,
         )
@@ -220,6 +223,7 @@ def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
         target_option=torch.tensor(target_option),
         option_cell=torch.tensor(option_cell),
         label=torch.tensor([e.label for e in examples]),
+        examples=tuple(examples),
         segments=len(examples),
         rows=len(rows),
         longest=longest,
@@ -366,19 +370,25 @@ def _packed_row(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def read_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Final hidden states at the positions that predict something: (reads, hidden), in the base's dtype."""
+def run_base(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states of every position: (1, tokens, hidden) packed, (rows, longest, hidden) padded."""
     if batch.packed:
         with _packed_row(model, batch):
-            hidden = model.base_model(
+            packed: Tensor = model.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
-    else:
-        real = torch.zeros(batch.input_ids.numel(), dtype=torch.long, device=batch.slot.device)
-        real[batch.slot] = 1
-        hidden = model.base_model(
-            input_ids=batch.input_ids, attention_mask=real.view_as(batch.input_ids), use_cache=False
-        ).last_hidden_state
+            return packed
+    real = torch.zeros(batch.input_ids.numel(), dtype=torch.long, device=batch.slot.device)
+    real[batch.slot] = 1
+    padded: Tensor = model.base_model(
+        input_ids=batch.input_ids, attention_mask=real.view_as(batch.input_ids), use_cache=False
+    ).last_hidden_state
+    return padded
+
+
+def read_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states at the positions that predict something: (reads, hidden), in the base's dtype."""
+    hidden = run_base(model, batch)
     return hidden.reshape(-1, hidden.shape[-1])[batch.read]
 
 

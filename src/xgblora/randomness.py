@@ -1,13 +1,13 @@
 """Random numbers from a counter: what a generator yields depends on its key alone, never on what ran before."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-Purpose = Literal["pair", "direction", "split"]
+Purpose = Literal["pair", "direction", "split", "layers"]
 
-_PURPOSES: tuple[Purpose, ...] = ("pair", "direction", "split")
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> torch.Generator:

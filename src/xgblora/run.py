@@ -11,7 +11,7 @@ import datasets
 import transformers
 from transformers import PreTrainedModel, set_seed
 
-from xgblora.adapters import Adapters, attach
+from xgblora.adapters import Adapters, LayerSubset, attach
 from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate
@@ -134,6 +134,7 @@ def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:
         target_modules=config.lora_target_modules,
         seed=config.seed,
         xgblora=config.xgblora,
+        layers=LayerSubset(config.xgblora_layers, config.xgblora_layer_choice) if config.xgblora_layers else None,
     )
 
 

@@ -29,6 +29,7 @@ from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate
 from xgblora.inference_layout import inference_layout
+from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
 from xgblora.packing import Batch, Example, build_batch, choose_route
 from xgblora.schedule import Schedule, resolve
@@ -84,6 +85,8 @@ class Trainer(transformers.Trainer):
             eval_dataset=eval_dataset,
             callbacks=[_Boosting(self), *(callbacks or [])],
         )
+        cache_bytes = int(args.activation_cache_gb * 1e9)
+        self.lower_layers = LowerLayers(adapters, cache_bytes) if args.trainer == "zo" else None
         # Losses go into the bar and into the record, not onto the console line by line.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
@@ -113,7 +116,9 @@ class Trainer(transformers.Trainer):
         share = 1 / self.current_gradient_accumulation_steps
         if args.trainer == "zo":
             draws = direction_generators(args.seed, step, self._micro_batch, args.zo_num_perturbations)
-            found = estimate_batch(self.adapters, self.objective, batch, draws, args.zo_eps, args.zo_directions)
+            found = estimate_batch(
+                self.adapters, self.objective, batch, draws, args.zo_eps, args.zo_directions, self.lower_layers
+            )
             loss = found.loss
             self._check(loss, found.gradient)
             self.adapters.accumulate_gradient(found.gradient * share)
@@ -123,6 +128,7 @@ class Trainer(transformers.Trainer):
             loss = differentiable.detach() / share
             self._check(loss)
             self.accelerator.backward(differentiable)
+            self.adapters.keep_chosen_gradients()
             self._check(loss, *(p.grad for p in self.adapters.parameters()))
             passes = 1
         self.ledger.forward_passes += passes
@@ -210,6 +216,8 @@ class _Boosting(TrainerCallback):
         place = self.schedule.place(step)
         logger.info("XGBLoRA: Merging and reinitializing at %s", place)
         ledger.merge(step, place, loss)
+        if self.trainer.lower_layers is not None:
+            self.trainer.lower_layers.clear()
         optimizer = kwargs["optimizer"]
         for parameter in self.trainer.adapters.parameters():
             optimizer.state.pop(parameter, None)

@@ -7,6 +7,7 @@ mean(|l_i|^2) d / B against |mean l|^2 d, so never more and often B times less, 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xgblora.adapters import Adapters, Probe
+from xgblora.lower_layers import LowerLayers
 from xgblora.packing import Batch
 from xgblora.randomness import generator
 
@@ -77,6 +79,7 @@ def estimate_batch(
     draws: list[torch.Generator],
     eps: float,
     directions: Literal["per_example", "shared"],
+    lower_layers: LowerLayers | None = None,
 ) -> Estimate:
     """The same for the pairs in training of ``adapters`` and the examples of ``batch``: both signs in one forward."""
     both = batch.repeat(2).filled()
@@ -85,4 +88,5 @@ def estimate_batch(
         with adapters.probing(Probe(z, steps[both.token_segment])):
             return objective(adapters.model, both)
 
-    return estimate(losses, adapters.size, batch.segments, draws, eps, directions, batch.input_ids.device)
+    with lower_layers.shared(batch, both) if lower_layers else nullcontext():
+        return estimate(losses, adapters.size, batch.segments, draws, eps, directions, batch.input_ids.device)
