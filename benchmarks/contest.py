@@ -24,6 +24,8 @@ class Turns:
         self.pipe = pipe
         self.memory = PeakMemory(torch.device("cpu"))
         self.started = 0.0
+        self.result: dict[str, float] = {}
+        """Whatever else the contender wants to report at the end."""
         pipe.send("ready")
 
     def wait(self) -> bool:
@@ -43,10 +45,12 @@ Contender = Callable[..., None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """``seconds``: median of each contender's steps. ``peak_mb``: its peak resident memory from its first turn on."""
+    """``seconds``: median of each contender's steps. ``peak_mb``: its peak resident memory, counted from
+    where it asked for its turns. ``results``: what else each reported."""
 
     seconds: dict[str, float]
     peak_mb: dict[str, float]
+    results: dict[str, dict[str, float]]
 
 
 def contest(contenders: Mapping[str, Contender], rounds: int, warm_up: int = 2) -> Outcome:
@@ -64,11 +68,11 @@ def contest(contenders: Mapping[str, Contender], rounds: int, warm_up: int = 2) 
             taken = pipe.recv()
             if number >= 0:
                 seconds[name].append(taken)
-    peak = {}
+    peak, results = {}, {}
     for name, pipe in pipes.items():
         pipe.send(False)
-        peak[name] = pipe.recv()
-    return Outcome({name: statistics.median(taken) for name, taken in seconds.items()}, peak)
+        peak[name], results[name] = pipe.recv()
+    return Outcome({name: statistics.median(taken) for name, taken in seconds.items()}, peak, results)
 
 
 def _contend(contender: Contender, pipe: Connection) -> None:
@@ -80,7 +84,7 @@ def _contend(contender: Contender, pipe: Connection) -> None:
         return turns[0]
 
     contender(get_turns)
-    pipe.send(turns[0].memory.read())
+    pipe.send((turns[0].memory.read(), turns[0].result))
 
 
 def real_rows(tokenizer: Any, count: int) -> list[Example]:

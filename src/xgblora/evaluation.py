@@ -1,6 +1,6 @@
-"""Scoring options over a data set: accuracy and loss, sorted by length so that a batch holds equals."""
+"""Scoring options over a data set: accuracy and loss, sorted by length, in batches of equally many tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,18 +36,17 @@ def evaluate(
     """Choose the best option of every example.
 
     The loss is the training loss without the prompt's share: cross-entropy over options with ``classification``,
-    else the mean negative log-probability of the correct option's tokens. ``progress`` names a progress bar.
+    else the mean negative log-probability of the correct option's tokens. A batch holds as many tokens as
+    ``batch_size`` examples of average length. ``progress`` names a progress bar.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     predictions = [0] * len(examples)
     losses = []
     with (
         inference_layout(model),
         tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar,
     ):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _by_tokens(examples, batch_size):
             rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]
             batch = build_batch(rows, packed).to(device).filled()
             scores = option_scores(model, batch, normalised=not classification)
@@ -57,6 +56,21 @@ def evaluate(
             bar.update(len(chosen))
     correct = sum(p == e.label for p, e in zip(predictions, examples, strict=True))
     return Evaluation(correct / len(examples), torch.cat(losses).double().mean().item(), predictions)
+
+
+def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of examples, shortest first, in batches of at most ``batch_size`` times the mean token count."""
+    tokens = [len(e.prompt) + sum(len(option) - 1 for option in e.options) for e in examples]
+    room = batch_size * sum(tokens) / len(tokens)
+    batch: list[int] = []
+    used = 0
+    for number in sorted(range(len(examples)), key=tokens.__getitem__):
+        if batch and used + tokens[number] > room:
+            yield batch
+            batch, used = [], 0
+        batch.append(number)
+        used += tokens[number]
+    yield batch
 
 
 def predict(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) -> list[str]:

@@ -1,0 +1,88 @@
+"""What it costs to score options: one option a call, as is often done, against ours.
+
+    python benchmarks/evaluation.py [--model_name NAME] [--dtype float32] [--examples 500] [--json FILE]
+
+1. ``plain``: every option of every example a call of its own; full logits, log-softmax, mean over the option's tokens.
+2. ``ours``: :func:`xgblora.evaluate`: each prompt once, sorted by length, packed in batches of equally many tokens.
+
+Both score the same Rotten Tomatoes sentences, in processes that take turns; the losses must agree.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from contest import Turns, contest, real_rows
+
+from xgblora import evaluate, load_model
+
+
+def plain(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int) -> None:
+    """One option a call."""
+    model, tokenizer = load_model(name, getattr(torch, dtype))
+    rows = real_rows(tokenizer, examples)
+    turns = get_turns()
+    loss = 0.0
+    while turns.wait():
+        losses = []
+        for row in rows:
+            scores = []
+            for option in row.options:
+                ids = torch.tensor([[*row.prompt, *option]])
+                with torch.inference_mode():
+                    logprobs = F.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+                own = logprobs.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :]
+                scores.append(own.mean())
+            losses.append(F.cross_entropy(torch.stack(scores)[None], torch.tensor([row.label])))
+        loss = torch.stack(losses).mean().item()
+        turns.done()
+    turns.result = {"loss": loss}
+
+
+def ours(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int, batch_size: int) -> None:
+    """Packed, each prompt once."""
+    model, tokenizer = load_model(name, getattr(torch, dtype))
+    rows = real_rows(tokenizer, examples)
+    turns = get_turns()
+    loss = 0.0
+    while turns.wait():
+        loss = evaluate(model, rows, packed=True, batch_size=batch_size).loss
+        turns.done()
+    turns.result = {"loss": loss}
+
+
+def main() -> None:
+    """Run both in turn and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--examples", type=int, default=500)
+    parser.add_argument("--batch_size", type=int, default=64, help="of ours")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each scores all examples")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    common = {"name": asked.model_name, "dtype": asked.dtype, "examples": asked.examples}
+    contenders = {"plain": partial(plain, **common), "ours": partial(ours, batch_size=asked.batch_size, **common)}
+    found = contest(contenders, asked.rounds, warm_up=0)
+    seconds = found.seconds
+    result = {
+        "model_name": asked.model_name,
+        "dtype": asked.dtype,
+        "examples": asked.examples,
+        "seconds": seconds,
+        "plain_over_ours": seconds["plain"] / seconds["ours"],
+        "examples_per_second": {name: asked.examples / taken for name, taken in seconds.items()},
+        "loss": {name: each["loss"] for name, each in found.results.items()},
+        "peak_mb": found.peak_mb,
+    }
+    print(json.dumps(result, indent=2))
+    if asked.json:
+        asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
