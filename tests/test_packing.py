@@ -125,13 +125,26 @@ def test_other_architectures_fall_back_to_padding_and_say_so(config: PreTrainedC
     torch.testing.assert_close(found[1, :2], torch.tensor(wanted), rtol=1e-4, atol=1e-4)
 
 
+def test_rows_may_attend_in_one_call(architecture: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    from xgblora import packing
+
+    model = build(architecture)
+    batch = build_batch(ROWS).filled()
+    with torch.no_grad():
+        expected = option_scores(model, batch)
+        each = packing._groups
+        monkeypatch.setattr(packing, "_groups", lambda batch, together: each(batch, together=True))
+        torch.testing.assert_close(option_scores(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_check_of_packing_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were segments not kept apart, choose_route would see it."""
     from xgblora import packing
 
-    def leaky(batch: packing.Batch) -> list[packing._Group]:
+    def leaky(batch: packing.Batch, together: bool) -> list[packing._Group]:
         everything = torch.arange(batch.tokens)
-        return [packing._Group(everything, everything, 1, batch.tokens, None, None)]
+        return [packing._Group(0, 1, batch.tokens, everything, None, None)]
 
     monkeypatch.setattr(packing, "_groups", leaky)
     assert not choose_route(build(ARCHITECTURES["llama"]))

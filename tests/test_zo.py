@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from conftest import ARCHITECTURES, build, examples
-from xgblora import attach
+from xgblora import LayerSubset, attach, zo
+from xgblora import adapters as adapters_module
+from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import classification_loss
 from xgblora.packing import build_batch
 from xgblora.randomness import generator
-from xgblora.zo import direction_generators, estimate, estimate_batch
+from xgblora.zo import Estimate, direction_generators, estimate, estimate_batch
 
 DIMENSIONS, EXAMPLES = 6, 4
 
@@ -160,3 +162,28 @@ def test_gradients_reach_the_parameters_they_belong_to() -> None:
     assert torch.equal(layer.lora_B.grad, 2 * flat[b].view(2, -1).T)
     others = [other for other, _, _ in adapters.slices if other is not layer]
     assert not any(other.lora_A.grad.any() or other.lora_B.grad.any() for other in others)
+
+
+@pytest.mark.parametrize("directions", ["shared", "per_example"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("windows", [True, False])
+def test_large_batches_in_parts_give_the_same_estimate(
+    directions: str, packed: bool, windows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several forwards of a few examples, several pieces of a forward: all as in one."""
+    adapters = attach(build(ARCHITECTURES["llama"]), layers=LayerSubset(1, "top") if windows else None)
+    batch = build_batch(examples(13, [[5], [9, 4]]), packed)
+
+    def found() -> Estimate:
+        draw = direction_generators(0, 0, 0, 2)
+        lower_layers = LowerLayers(adapters, 10**6) if windows else None
+        return estimate_batch(adapters, classification_loss, batch, draw, 1e-2, directions, lower_layers)
+
+    expected = found()
+    monkeypatch.setattr(zo, "ROW_TOKENS", 150)
+    monkeypatch.setattr(adapters_module, "PIECE", 11)
+    assert len(zo._parts(batch)) > 2
+    other = found()
+    torch.testing.assert_close(other.projected, expected.projected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(other.gradient, expected.gradient, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(other.loss, expected.loss)

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 BLOCK = 16
 """Rank-1 pairs evaluated in one product outside of probes."""
 
+PIECE = 512
+"""Positions that adapters work on at once on a CPU: what is cast and added then stays in the processor's cache."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -43,6 +46,19 @@ class Probe:
 
     directions: Tensor
     select: Tensor
+
+    def pieces(self, length: int) -> list[tuple[slice, Tensor]]:
+        """For every ``length`` positions: which directions occur there, and 1 beside their part of ``select``.
+
+        Neighbouring positions belong to the same few examples, so a large batch need not multiply every position by
+        every direction.
+        """
+        found = []
+        for part in self.select.split(length):
+            used = part.any(0).nonzero()[:, 0]
+            low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+            found.append((slice(low, high), F.pad(part[:, low:high], (1, 0), value=1.0)[:, :, None]))
+        return found
 
 
 class AdaptedLinear(Opaque):
@@ -67,18 +83,26 @@ class AdaptedLinear(Opaque):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         self.register_buffer("booster_A", torch.zeros(0, self.in_features, device=device), persistent=False)
         self.register_buffer("booster_B", torch.zeros(self.out_features, 0, device=device), persistent=False)
-        self.probe: tuple[Tensor, Tensor, Tensor] | None = None
+        self.probe: tuple[Tensor, Tensor, list[tuple[slice, Tensor]]] | None = None
+        """zA (D, r, in), zB (D, r, out) and the probe's pieces."""
 
     def compute(self, x: Tensor) -> Tensor:
         """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
         base = self.base_layer(x)
-        rows = x.reshape(-1, self.in_features).float()
-        result = base.reshape(-1, self.out_features).float()
-        result = self._stacked(rows, result) if self.probe is None else self._probed(rows, result, *self.probe)
-        return result.view(base.shape).to(base.dtype)
+        rows, result = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+        if torch.is_grad_enabled():
+            return self._stacked(rows.float(), result.float(), self._blocks()).view(base.shape).to(base.dtype)
+        stack = self._blocks() if self.probe is None else []
+        length = _piece(x.device, len(rows))
+        for number, start in enumerate(range(0, len(rows), length)):
+            part = slice(start, start + length)
+            own, before = rows[part].float(), result[part].float()
+            after = self._stacked(own, before, stack) if self.probe is None else self._probed(own, before, number)
+            result[part] = after
+        return result.view(base.shape)
 
-    def _stacked(self, x: Tensor, result: Tensor) -> Tensor:
-        """``result`` (t, out) plus scaling * all boosters and the pair at x (t, in), in blocks of fixed width.
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """All boosters and the pair, in blocks (BLOCK, in) and (out, BLOCK), the last one filled up with zeros.
 
         One wide product would be as right, but its summation order changes with its width: a merge would then tip
         the last bit of an activation here and there, and a half-precision base makes that a visible difference.
@@ -88,24 +112,29 @@ class AdaptedLinear(Opaque):
         empty = -slots % BLOCK
         A = F.pad(torch.cat([self.booster_A, self.lora_A]), (0, 0, 0, empty))
         B = F.pad(torch.cat([self.booster_B, self.lora_B], dim=1), (0, empty))
-        for block_A, block_B in zip(A.split(BLOCK), B.split(BLOCK, dim=1), strict=True):
-            result = torch.addmm(result, F.linear(x, block_A), block_B.T, alpha=self.scaling)
+        return list(zip(A.split(BLOCK), B.split(BLOCK, dim=1), strict=True))
+
+    def _stacked(self, x: Tensor, result: Tensor, stack: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """``result`` (t, out) plus scaling * all boosters and the pair at x (t, in)."""
+        for A, B in stack:
+            result = torch.addmm(result, F.linear(x, A), B.T, alpha=self.scaling)
         return result
 
-    def _probed(self, x: Tensor, result: Tensor, z_A: Tensor, z_B: Tensor, select: Tensor) -> Tensor:
+    def _probed(self, x: Tensor, result: Tensor, piece: int) -> Tensor:
         """``result`` (t, out) plus scaling * B' A' x with each position's own A' and B', and the boosters.
 
-        Shapes: x (t, in), z_A (D, r, in), z_B (D, r, out), select (t, D). The D directions of a batch are D more
-        rows of two skinny products, so that the whole probe stays a matrix product: gathering a direction for every
-        position would move (t, in) floats from memory instead.
+        x (t, in) and ``result`` are the rows of piece number ``piece``. Its D directions are D more rows of two skinny
+        products, so that the whole probe stays a matrix product: gathering a direction for every position would move
+        (t, in) floats from memory instead.
         """
-        count, rank, _ = z_A.shape
-        products = F.linear(x, torch.cat([self.lora_A, z_A.flatten(0, 1)]))  # (t, r + D r)
-        along = products[:, rank:].view(-1, count, rank)
-        hidden = products[:, :rank] + (select[:, :, None] * along).sum(1)  # A' x: (t, r)
-        spread = (select[:, :, None] * hidden[:, None, :]).flatten(1)  # (t, D r)
-        left, right = torch.cat([hidden, spread], dim=1), torch.cat([self.lora_B.T, z_B.flatten(0, 1)])
-        result = torch.addmm(result, left, right, alpha=self.scaling)
+        assert self.probe is not None
+        z_A, z_B, pieces = self.probe
+        used, weights = pieces[piece]  # weights (t, 1 + D, 1): 1 for the pair itself, then how far along each direction
+        rank = self.lora_A.shape[0]
+        products = F.linear(x, torch.cat([self.lora_A, z_A[used].flatten(0, 1)]))
+        hidden = (products.view(len(x), -1, rank) * weights).sum(1, keepdim=True)  # A' x: (t, 1, r)
+        right = torch.cat([self.lora_B.T, z_B[used].flatten(0, 1)])
+        result = torch.addmm(result, (weights * hidden).flatten(1), right, alpha=self.scaling)
         if self.booster_A.shape[0]:
             result = torch.addmm(result, F.linear(x, self.booster_A), self.booster_B.T, alpha=self.scaling)
         return result
@@ -228,10 +257,11 @@ class Adapters:
     def probing(self, probe: Probe) -> Iterator[None]:
         """Evaluate the perturbed pairs of ``probe`` in every forward inside the block."""
         count = probe.directions.shape[0]
+        pieces = probe.pieces(_piece(probe.select.device, len(probe.select)))
         for layer, a, b in self.slices:
             z_A = probe.directions[:, a].view(count, -1, layer.in_features)
             z_B = probe.directions[:, b].view(count, -1, layer.out_features)
-            layer.probe = (z_A, z_B, probe.select)
+            layer.probe = (z_A, z_B, pieces)
         try:
             yield
         finally:
@@ -324,6 +354,10 @@ def attach(
 def _home(layer: str, blocks: list[str]) -> int | None:
     """Number of the decoder layer that holds ``layer``."""
     return next((number for number, block in enumerate(blocks) if layer.startswith(f"{block}.")), None)
+
+
+def _piece(device: torch.device, positions: int) -> int:
+    return PIECE if device.type == "cpu" else max(positions, 1)
 
 
 def _targets(model: PreTrainedModel, asked: Sequence[str] | str | None) -> list[str] | str:

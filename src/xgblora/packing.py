@@ -7,7 +7,6 @@ options of one token cost nothing. Models that cannot run this (:func:`choose_ro
 """
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,9 +23,6 @@ from xgblora.errors import XgbloraError
 logger = logging.getLogger(__name__)
 
 _ATTENTION = "xgblora_packed"
-
-GROWTH = 1.3
-"""Rows whose lengths differ by less than this factor share a rectangle in the attention."""
 
 
 FILLING = 16
@@ -116,7 +112,7 @@ class Batch:
             self,
             input_ids=F.pad(self.input_ids, filler),
             position_ids=F.pad(self.position_ids, filler),
-            token_segment=F.pad(self.token_segment, filler),
+            token_segment=F.pad(self.token_segment, filler, value=self.segments - 1),
         )
 
     def repeat(self, times: int) -> "Batch":
@@ -237,39 +233,36 @@ def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of similar length, padded to one rectangle inside the attention."""
+    """Rows that attend in one call: a single row as it lies, or several padded to one rectangle."""
 
-    tokens: Tensor
-    """(n,) places of the group's tokens in the packed row."""
-    slot: Tensor
-    """(n,) their places in the flattened (rows, longest) rectangle."""
+    start: int
+    """Where a single row begins in the packed row."""
     rows: int
     longest: int
+    slot: Tensor
+    """(tokens,) places of several rows' tokens in the flattened (rows, longest) rectangle."""
     tree: Tensor | None
     """(rows, longest, longest) True where a query may look, None for plain causal segments."""
     distance: Tensor | None
     """(rows, longest, longest) how many positions a key lies back; for sliding windows in trees."""
 
 
-def _groups(batch: Batch) -> list[_Group]:
-    """Attention costs rows x longest^2, so a long row must not stretch short ones: group lengths within GROWTH."""
-    row, column = batch.slot // batch.longest, batch.slot % batch.longest
-    lengths = torch.bincount(row, minlength=batch.rows)
-    bucket = (lengths.float().log() / math.log(GROWTH)).long()
-    if batch.slot.is_cuda:  # there, waiting for the sizes of groups costs more than padding
-        bucket = torch.zeros_like(bucket)
-    found = []
-    for value in bucket.unique().tolist():
-        mine = bucket == value
-        tokens = mine[row].nonzero()[:, 0]
-        rows, longest = int(mine.sum()), int(lengths[mine].max())
-        slot = (mine.cumsum(0) - 1)[row[tokens]] * longest + column[tokens]
-        masks = _tree(batch, tokens, slot, rows, longest) if batch.forked else (None, None)
-        found.append(_Group(tokens, slot, rows, longest, *masks))
+def _groups(batch: Batch, together: bool) -> list[_Group]:
+    """A call for each row, which copies and pads nothing, or all rows ``together``, for GPUs, where calls cost more."""
+    none = (None, None)
+    if together:
+        tree = _tree(batch, slice(None), batch.slot, batch.rows, batch.longest) if batch.forked else none
+        return [_Group(0, batch.rows, batch.longest, batch.slot, *tree)]
+    found, start = [], 0
+    for length in torch.bincount(batch.slot // batch.longest, minlength=batch.rows).tolist():
+        row = slice(start, start + length)
+        slot = batch.slot[row] - batch.slot[start]
+        found.append(_Group(start, 1, length, slot, *(_tree(batch, row, slot, 1, length) if batch.forked else none)))
+        start += length
     return found
 
 
-def _tree(batch: Batch, tokens: Tensor, slot: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
+def _tree(batch: Batch, tokens: slice, slot: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
     """Who may look where, and how far back that is: both (rows, longest, longest)."""
 
     def grid(values: Tensor) -> Tensor:
@@ -303,24 +296,22 @@ def _packed_attention(
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """Attention of one packed row, group by group of the row in progress.
 
-    Pads segments inside the attention only. With right padding and a causal mask no real token ever looks at a
-    padded one, so plain segments need no mask at all.
+    Several rows are padded inside the attention only. With right padding and a causal mask no real token ever looks
+    at a padded one, so plain segments need no mask at all.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    result = v.new_zeros(q.shape[0], q.shape[1], v.shape[2])  # zeros for filler tokens
+    heads, width = query.shape[1], value.shape[3]
+    result = value.new_zeros(1, query.shape[2], heads, width)  # zeros for filler tokens
     for group in _groups_of_row.get():
         mask = _mask(group, window)
+        stop = group.start + group.slot.numel()
+        q, k, v = (x[:, :, group.start : stop] for x in (query, key, value))
+        if group.rows > 1:
+            q, k, v = (_rectangle(x, group) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
-            _padded(q, group),
-            _padded(k, group),
-            _padded(v, group),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        result.index_copy_(0, group.tokens, out.transpose(1, 2).flatten(0, 1)[group.slot])
-    return result[None]
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != key.shape[1]
+        ).transpose(1, 2)
+        result[0, group.start : stop] = out[0] if group.rows == 1 else out.flatten(0, 1)[group.slot]
+    return result
 
 
 _groups_of_row: ContextVar[list[_Group]] = ContextVar("_groups_of_row")
@@ -334,11 +325,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: 
     return value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _padded(x: Tensor, group: _Group) -> Tensor:
-    """(tokens, heads, head_dim) of the packed row -> (rows, heads, longest, head_dim) of one group."""
-    cells = x.new_zeros(group.rows * group.longest, x.shape[1], x.shape[2])
-    cells.index_copy_(0, group.slot, x[group.tokens])
-    return cells.view(group.rows, group.longest, x.shape[1], x.shape[2]).transpose(1, 2)
+def _rectangle(x: Tensor, group: _Group) -> Tensor:
+    """(1, heads, tokens, head_dim) of the packed row -> (rows, heads, longest, head_dim)."""
+    _, heads, _, width = x.shape
+    cells = x.new_zeros(group.rows * group.longest, heads, width).index_copy_(0, group.slot, x[0].transpose(0, 1))
+    return cells.view(group.rows, group.longest, heads, width).transpose(1, 2)
 
 
 def _mask(group: _Group, window: int | None) -> Tensor | None:
@@ -362,7 +353,7 @@ def _packed_row(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
     """Attend as ``batch`` is packed; outside, the model is as its user left it (generation works as ever)."""
     before = model.config._attn_implementation
     model.config._attn_implementation = _ATTENTION
-    groups = _groups_of_row.set(_groups(batch))
+    groups = _groups_of_row.set(_groups(batch, together=batch.slot.is_cuda))
     try:
         yield
     finally:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from xgblora.adapters import Adapters, Probe
 from xgblora.lower_layers import LowerLayers
-from xgblora.packing import Batch
+from xgblora.packing import Batch, build_batch
 from xgblora.randomness import generator
+
+ROW_TOKENS = 1024
+"""Tokens of a forward on a CPU, about: with more, what a layer hands to the next no longer stays in its cache."""
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """(directions (D, d), steps (2 n, D)) -> losses (2 n,): row k is an example's loss at theta + steps[k] @ directions."""
@@ -81,12 +84,32 @@ def estimate_batch(
     directions: Literal["per_example", "shared"],
     lower_layers: LowerLayers | None = None,
 ) -> Estimate:
-    """The same for the pairs in training of ``adapters`` and the examples of ``batch``: both signs in one forward."""
-    both = batch.repeat(2).filled()
+    """The same for the pairs in training of ``adapters`` and the examples of ``batch``: both signs in one forward.
+
+    On a CPU a large batch takes several forwards, each with both signs of some examples.
+    """
+    parts = _parts(batch)
 
     def losses(z: Tensor, steps: Tensor) -> Tensor:
-        with adapters.probing(Probe(z, steps[both.token_segment])):
-            return objective(adapters.model, both)
+        found = torch.empty(2, batch.segments, device=z.device)
+        for examples, part in parts:
+            both = part.repeat(2).filled()
+            own = steps.view(2, batch.segments, -1)[:, examples].flatten(0, 1)
+            with (
+                lower_layers.shared(part, both) if lower_layers else nullcontext(),
+                adapters.probing(Probe(z, own[both.token_segment])),
+            ):
+                found[:, examples] = objective(adapters.model, both).float().view(2, -1)
+        return found.flatten()
 
-    with lower_layers.shared(batch, both) if lower_layers else nullcontext():
-        return estimate(losses, adapters.size, batch.segments, draws, eps, directions, batch.input_ids.device)
+    return estimate(losses, adapters.size, batch.segments, draws, eps, directions, batch.input_ids.device)
+
+
+def _parts(batch: Batch) -> list[tuple[slice, Batch]]:
+    """The batch in parts of consecutive examples, of equal number but for rounding, ROW_TOKENS each at most if so."""
+    count = -(-2 * batch.input_ids.numel() // ROW_TOKENS) if batch.input_ids.device.type == "cpu" else 1
+    size = -(-batch.segments // count)
+    if size == batch.segments:
+        return [(slice(0, batch.segments), batch)]
+    starts = range(0, batch.segments, size)
+    return [(slice(i, i + size), build_batch(batch.examples[i : i + size], batch.packed)) for i in starts]
