@@ -274,6 +274,14 @@ def test_check_names_capacity_and_flags_without_effect(run: Run) -> None:
     assert "Note: --xgblora_patience has no effect without --xgblora_use_adaptive_merge" in out
 
 
+@pytest.mark.parametrize(("eps", "said"), [("1e-3", True), ("1e-2", False)])
+def test_short_probes_in_bfloat16_are_named(eps: str, said: bool, run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = f"--load_bfloat16 --zo_eps {eps} --max_steps 2".split()
+    code, out, err = run("train", *flags, "--output_dir", tmp_path / "run", *small)
+    assert code == 0
+    assert ("is short for bfloat16" in out + err) == said
+
+
 def test_xgblora_with_another_rank_warns(run: Run, small: list[str], tmp_path: Path) -> None:
     code, out, _ = run("train", "--xgblora", "--lora_r", 8, "--max_steps", 1, "--output_dir", tmp_path, *small)
     assert code == 0

@@ -97,16 +97,23 @@ def inference_layout(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _FreedMemory:
-    """Returns what was freed to the system, every 32 MB: glibc keeps the holes between tensors, at twice the memory."""
+    """Returns freed weights to the system every 32 MB, so that both layouts never lie in memory together."""
 
     def __init__(self) -> None:
         self.held = 0
-        library = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self.trim = getattr(library, "malloc_trim", None)
 
     def add(self, freed: int) -> None:
         """Count the bytes of a tensor that was let go."""
         self.held += freed
-        if self.trim is not None and self.held >= 32 * 2**20:
-            self.trim(0)
+        if self.held >= 32 * 2**20:
+            return_freed_memory()
             self.held = 0
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: glibc keeps holes between tensors that are still in use."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -28,7 +28,7 @@ from xgblora.compilation import compiled
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate
-from xgblora.inference_layout import inference_layout
+from xgblora.inference_layout import inference_layout, return_freed_memory
 from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
 from xgblora.packing import Batch, Example, build_batch, choose_route
@@ -122,6 +122,8 @@ class Trainer(transformers.Trainer):
             loss = found.loss
             self._check(loss, found.gradient)
             self.adapters.accumulate_gradient(found.gradient * share)
+            if batch.input_ids.device.type == "cpu":
+                return_freed_memory()  # every batch leaves holes of other sizes, in all a tenth of the memory
             passes = 2 * len(draws)
         else:
             differentiable = self.objective(self.model, batch).mean() * share
