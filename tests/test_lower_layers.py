@@ -154,3 +154,16 @@ def test_language_model_losses_work_too() -> None:
     found = estimate_batch(adapters, *arguments, LowerLayers(adapters, 10**9))
     expected = estimate_batch(adapters, language_model_loss, batch, direction_generators(0, 0, 0, 1), 1e-2, "shared")
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resumed_run_chooses_the_same_layers_and_losses(tmp_path: Path) -> None:
+    flags = {"xgblora": True, "xgblora_steps_per_iteration": 6, "max_steps": 20, "layers": LayerSubset(2)}
+    flags |= {"save_strategy": "steps", "save_steps": 8, "save_total_limit": 9, "activation_cache_gb": 0}
+    config = ARCHITECTURES["llama"].__class__(**ARCHITECTURES["llama"].to_dict() | {"num_hidden_layers": 8})
+    whole, losses = train(tmp_path / "whole", build(config), **flags)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-8")
+    resumed, tail = train(tmp_path / "resumed", build(config), resume=checkpoint, **flags)
+    assert tail == losses
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        assert torch.equal(mine.lora_B, theirs.lora_B)
+        assert torch.equal(mine.booster_B, theirs.booster_B)

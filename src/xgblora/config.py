@@ -131,11 +131,14 @@ class RunConfig(TrainingArguments):
     # --- Speed ---
     torch_compile: bool = HfArg(
         default=False,
-        help="Fuse what lies between matrix products: compiles for half a minute, then saves up to a fifth of a step.",
+        help="Fuse what lies between matrix products. Compiles for half a minute; worth it for large batches "
+        "(docs/performance.md).",
     )
 
     activation_cache_gb: float = HfArg(
-        default=1.0, help="With layers that do not train below those that do: memory for their activations; 0 = none."
+        default=1.0,
+        help="Memory for the activations of layers below the lowest one that trains; 0 = none (and a resumed run then "
+        "equals an uninterrupted one to the last bit, not to rounding).",
     )
 
     # --- Precision of the frozen base (adapters, losses and differences are always float32) ---

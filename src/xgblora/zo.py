@@ -106,7 +106,7 @@ def estimate_batch(
 
 
 def _parts(batch: Batch) -> list[tuple[slice, Batch]]:
-    """The batch in parts of consecutive examples, of equal number but for rounding, ROW_TOKENS each at most if so."""
+    """The batch in parts of consecutive examples, as many in each, so that both signs take about ROW_TOKENS tokens."""
     count = -(-2 * batch.input_ids.numel() // ROW_TOKENS) if batch.input_ids.device.type == "cpu" else 1
     size = -(-batch.segments // count)
     if size == batch.segments:
