@@ -1,5 +1,7 @@
 """Contenders that take turns: each in a process of its own, one step each a round, so that drift hits all alike."""
 
+import argparse
+import json
 import multiprocessing
 import statistics
 import tempfile
@@ -7,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from xgblora import Example, LayerSubset, RunConfig, Trainer, attach, encode, get_task, load_splits, sample
 from xgblora.record import PeakMemory
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Turns:
@@ -96,6 +101,23 @@ def real_rows(tokenizer: Any, count: int) -> list[Example]:
 def batches(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
     """``rows`` cut into full batches, in order."""
     return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every contest takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--json", type=Path, help="write the result here, too")
+    return parser
+
+
+def publish(result: dict[str, Any], path: Path | None) -> None:
+    """Print the result, and write it to ``path`` where one was given."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if path:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 class _TakesTurns(TrainerCallback):

@@ -8,15 +8,12 @@
 Both score the same Rotten Tomatoes sentences, in processes that take turns; the losses must agree.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from contest import Turns, contest, real_rows
+from contest import Turns, arguments, contest, publish, real_rows
 
 from xgblora import evaluate, load_model
 
@@ -57,13 +54,10 @@ def ours(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int, b
 
 def main() -> None:
     """Run both in turn and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", default="SmolLM2-135M-Instruct")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser = arguments(__doc__)
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=64, help="of ours")
     parser.add_argument("--rounds", type=int, default=3, help="times that each scores all examples")
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     common = {"name": asked.model_name, "dtype": asked.dtype, "examples": asked.examples}
     contenders = {"plain": partial(plain, **common), "ours": partial(ours, batch_size=asked.batch_size, **common)}
@@ -79,9 +73,7 @@ def main() -> None:
         "loss": {name: each["loss"] for name, each in found.results.items()},
         "peak_mb": found.peak_mb,
     }
-    print(json.dumps(result, indent=2))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, asked.json)
 
 
 if __name__ == "__main__":

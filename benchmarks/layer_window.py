@@ -6,14 +6,11 @@ The layers below the lowest one that trains are computed once for both probes (`
 or not at all for examples whose activations are in memory (``warm``: the rows fit the cache and were all seen before).
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from contest import Turns, contest, real_rows, train_in_turns
+from contest import Turns, arguments, contest, publish, real_rows, train_in_turns
 
 from xgblora import LayerSubset, load_model
 
@@ -30,13 +27,10 @@ def ours(
 
 def main() -> None:
     """Run the contenders in turn and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", default="SmolLM2-135M-Instruct")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser = arguments(__doc__)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8, help="top layers that train")
     parser.add_argument("--rounds", type=int, default=12, help="counted steps of each, over as many batches")
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     common = {"name": asked.model_name, "dtype": asked.dtype, "size": asked.batch_size, "steps": asked.rounds}
     contenders = {
@@ -55,9 +49,7 @@ def main() -> None:
         "full_over_warm": found.seconds["full"] / found.seconds["warm"],
         "peak_mb": found.peak_mb,
     }
-    print(json.dumps(result, indent=2))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, asked.json)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,14 @@ contenders alternate and drift of the machine hits them alike. Reported: medians
 4. ``backprop``: PEFT's LoRA of rank 1 under autograd, the padded rows of the correct option, AdamW.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Turns, batches, contest, real_rows, train_in_turns
+from contest import DTYPES, Turns, arguments, batches, contest, publish, real_rows, train_in_turns
 from peft import LoraConfig, get_peft_model
 
 from xgblora import Example, load_model
@@ -122,18 +119,14 @@ def backprop(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -
 
 def main() -> None:
     """Run the contenders in turn and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--model_name", default="SmolLM2-135M-Instruct")
-    parser.add_argument("--dtype", default="float32", choices=dtypes)
-    parser.add_argument("--mezo_dtype", choices=dtypes, help="precision of plain MeZO; default: that of the others")
+    parser = arguments(__doc__)
+    parser.add_argument("--mezo_dtype", choices=DTYPES, help="precision of plain MeZO; default: that of the others")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--torch_compile", action="store_true", help="let ours take part compiled, too")
     parser.add_argument(
         "--only", nargs="+", choices=("floor", "ours", "mezo", "backprop"), help="these contenders alone"
     )
     parser.add_argument("--rounds", type=int, default=12, help="counted steps of each; two more warm up")
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     common = {"name": asked.model_name, "size": asked.batch_size}
     contenders = {
@@ -157,9 +150,7 @@ def main() -> None:
     if "ours" in seconds:
         result["examples_per_second"] = asked.batch_size / seconds["ours"]
     result["peak_mb"] = found.peak_mb
-    print(json.dumps(result, indent=2))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, asked.json)
 
 
 if __name__ == "__main__":
