@@ -1,5 +1,6 @@
 """--torch_compile: the losses stay, and nothing is compiled anew for another batch, a merge or an evaluation."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from xgblora import attach
 from xgblora.compilation import compiled
 from xgblora.objectives import option_scores
 from xgblora.packing import build_batch
+
+pytestmark = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "cl")), reason="torch.compile needs a C++ compiler"
+)
 
 
 def test_a_run_compiles_one_graph_and_learns_the_same(tmp_path: Path) -> None:
