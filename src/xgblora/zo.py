@@ -88,12 +88,11 @@ def estimate_batch(
 
     On a CPU a large batch takes several forwards, each with both signs of some examples.
     """
-    parts = _parts(batch)
+    parts = [(examples, part, part.repeat(2).filled()) for examples, part in _parts(batch)]
 
     def losses(z: Tensor, steps: Tensor) -> Tensor:
         found = torch.empty(2, batch.segments, device=z.device)
-        for examples, part in parts:
-            both = part.repeat(2).filled()
+        for examples, part, both in parts:
             own = steps.view(2, batch.segments, -1)[:, examples].flatten(0, 1)
             with (
                 lower_layers.shared(part, both) if lower_layers else nullcontext(),
