@@ -11,8 +11,8 @@ from xgblora.schedule import Patience, PatienceState, Schedule, resolve
 def merges(schedule: Schedule, losses: list[float] | None = None) -> list[int]:
     state, found = PatienceState(), []
     for step in range(1, schedule.total_steps + 1):
-        state, due = schedule.observe(state, step, losses[step - 1] if losses else 1.0)
-        if due:
+        state, reason = schedule.observe(state, step, losses[step - 1] if losses else 1.0)
+        if reason:
             found.append(step)
     return found
 
@@ -66,10 +66,14 @@ def test_patience_by_hand() -> None:
 
 def test_patience_smooths_and_bounds() -> None:
     smooth = Patience(patience=100, ema_beta=0.5, threshold=0.0, min_steps=0, max_steps=0)
-    state, due = smooth.observe(PatienceState(), 4.0)
-    state, due = smooth.observe(state, 2.0)
-    assert (state.average, state.best, state.steps, state.stale, due) == (3.0, 3.0, 2, 0, False)
+    state, reason = smooth.observe(PatienceState(), 4.0)
+    state, reason = smooth.observe(state, 2.0)
+    assert (state.average, state.best, state.steps, state.stale, reason) == (3.0, 3.0, 2, 0, "")
     flat = [1.0] * 20
+    impatient = Patience(patience=1, ema_beta=0.0, threshold=0.0, min_steps=0, max_steps=0)
+    assert impatient.observe(PatienceState(4, 1.0, 1.0, 0), 1.0)[1] == "no improvement for 1 steps"
+    bounded = Patience(patience=9, ema_beta=0.0, threshold=0.0, min_steps=0, max_steps=5)
+    assert bounded.observe(PatienceState(4, 1.0, 1.0, 0), 1.0)[1] == "5 steps, the most of a booster"
     longest = Patience(patience=100, ema_beta=0.0, threshold=0.0, min_steps=0, max_steps=6)
     assert merges(Schedule(20, patience=longest), flat) == [6, 12, 18]
     shortest = Patience(patience=1, ema_beta=0.0, threshold=0.0, min_steps=7, max_steps=0)

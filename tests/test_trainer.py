@@ -97,6 +97,88 @@ def test_adaptive_merges_follow_the_losses(tmp_path: Path, log_lines: LogLines) 
     assert [line[-2:].strip() for line in log_lines.containing("Merging")] == ["5", "10", "15"]
 
 
+def test_an_adaptive_merge_goes_back_to_the_best_pair(tmp_path: Path) -> None:
+    """Losses by order, gradients by hand: B falls by 1 a step, and the third loss is the lowest."""
+    losses = iter([5.0, 4.0, 3.0, 9.0, 9.0, 8.0])
+
+    def staged(model: Any, batch: Any) -> Tensor:
+        total = sum(layer.lora_B.sum() for layer in trainer.adapters.layers.values())
+        return (total - total.detach() + next(losses)) * torch.ones(batch.segments)
+
+    flags: dict[str, Any] = {"trainer": "regular", "xgblora_use_adaptive_merge": True, "xgblora_patience": 2}
+    flags |= {"xgblora_ema_beta": 0.0, "learning_rate": 1.0, "optim": "sgd", "max_steps": 6, "save_strategy": "no"}
+    config = RunConfig(output_dir=str(tmp_path), xgblora=True, disable_tqdm=True, use_cpu=True, **flags)
+    model = build(ARCHITECTURES["opt"])
+    trainer = Trainer(model, config, attach(model, xgblora=True), examples(64), objective=staged)
+    trainer.train()
+    assert [(booster.step, booster.reason) for booster in trainer.ledger.boosters] == [
+        (5, "no improvement for 2 steps")
+    ]
+    for layer in trainer.adapters.layers.values():
+        assert torch.equal(layer.booster_B, torch.full_like(layer.booster_B, -2.0))  # as it was when the loss was 3
+
+
+def test_the_best_pair_survives_a_resume(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"xgblora": True, "xgblora_use_adaptive_merge": True, "xgblora_patience": 3}
+    flags |= {
+        "xgblora_ema_beta": 0.0,
+        "max_steps": 30,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 99,
+    }
+    whole, _ = train(tmp_path / "whole", **flags)
+    merge = whole.ledger.boosters[0].step
+    between = tmp_path / "whole" / f"checkpoint-{merge - 2}"
+    assert (between / "best_pair.safetensors").is_file()
+    resumed, _ = train(tmp_path / "resumed", **flags, resume=str(between))
+    assert resumed.ledger.boosters == whole.ledger.boosters
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        assert torch.equal(mine.booster_B, theirs.booster_B)
+
+
+def test_boosters_know_where_they_come_from(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {
+        "xgblora": True,
+        "xgblora_steps_per_iteration": 4,
+        "max_steps": 10,
+        "eval_strategy": "steps",
+    }
+    trainer, _ = train(tmp_path, **flags, eval_steps=100)
+    for booster, step in zip(trainer.ledger.boosters, (4, 8), strict=True):
+        assert (booster.step, booster.schedule, booster.reason) == (step, "every 4 steps", "every 4 steps")
+        assert booster.evaluation is not None
+        assert booster.norms.keys() == trainer.adapters.layers.keys()
+        assert booster.norm == pytest.approx(sum(norm**2 for norm in booster.norms.values()) ** 0.5)
+    assert len(trainer.ledger.evaluations()) >= 2
+
+
+@pytest.mark.parametrize("recipe", ["classic", "boost"])
+def test_shrinkage_makes_every_booster_smaller(recipe: str, tmp_path: Path) -> None:
+    """The first booster sees the same model either way, so it is half as large; so is the last, which none follows."""
+    flags: dict[str, Any] = {"xgblora": True, "xgblora_steps_per_iteration": 5, "max_steps": 5}
+    if recipe == "boost":
+        flags = {"recipe": "boost", "boost_boosters": 1, "boost_examples": 64, "lora_target_modules": ["out_proj"]}
+    whole, _ = train(tmp_path / "whole", **flags)
+    half, _ = train(tmp_path / "half", **flags, xgblora_shrinkage=0.5)
+    for one, other in zip(whole.adapters.layers.values(), half.adapters.layers.values(), strict=True):
+        assert one.lora_B.any()
+        torch.testing.assert_close(one.lora_B / 2, other.lora_B)
+
+
+def test_early_stopping_keeps_the_best_boosters(tmp_path: Path, log_lines: LogLines) -> None:
+    """Steps far too long: after some booster it only gets worse, and the run goes back to the best."""
+    flags: dict[str, Any] = {"xgblora": True, "xgblora_steps_per_iteration": 3, "max_steps": 60, "learning_rate": 0.3}
+    trainer, _ = train(tmp_path, **flags, early_stopping_boosters=2)
+    assert log_lines.containing("Stopping: 2 boosters")
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(losses) < 20
+    best = losses.index(min(losses)) + 1
+    assert best == len(losses) - 2
+    assert len(trainer.ledger.boosters) + 1 == best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
 def test_a_merge_resets_the_pairs_optimizer_state(tmp_path: Path) -> None:
     """After a merge Adam starts anew: its step count is that of the new pair alone."""
     trainer, _ = train(tmp_path, max_steps=25, xgblora=True, xgblora_steps_per_iteration=10)

@@ -253,6 +253,12 @@ class Adapters:
             layer.booster_A = torch.cat([layer.booster_A, layer.lora_A])
             layer.booster_B = torch.cat([layer.booster_B, layer.lora_B], dim=1)
 
+    @torch.no_grad()
+    def scale_pair(self, factor: float) -> None:
+        """Multiply what the pair in training adds by ``factor``."""
+        for layer in self.layers.values():
+            layer.lora_B.mul_(factor)
+
     @contextmanager
     def probing(self, probe: Probe) -> Iterator[None]:
         """Evaluate the perturbed pairs of ``probe`` in every forward inside the block."""

@@ -6,7 +6,7 @@ ledger is stored: ``adapter_model.safetensors`` and ``adapter_config.json`` as P
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,19 @@ from xgblora.schedule import PatienceState
 
 WEIGHTS = "adapter_model.safetensors"
 LEDGER = "ledger.json"
+BEST_PAIR = "best_pair.safetensors"
+ENTRIES = (
+    "rank",
+    "scaling",
+    "boosters",
+    "evaluation",
+    "patience",
+    "step_length",
+    "forward_passes",
+    "forward_sequences",
+    "forward_tokens",
+)
+"""What a ledger.json must hold."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,14 @@ class Booster:
     loss: float
     norm: float
     """Frobenius norm of its update scaling * B A over all layers."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """The same for each adapted layer in which it is not zero."""
+    schedule: str = ""
+    """The merge schedule in words."""
+    reason: str = ""
+    """What made the schedule merge here."""
+    evaluation: dict[str, float] | None = None
+    """``eval_loss`` and ``eval_accuracy`` right after the merge, where the run evaluates there."""
 
 
 class Ledger:
@@ -44,22 +65,87 @@ class Ledger:
         self.boosters: list[Booster] = []
         self.patience = PatienceState()
         """State of an adaptive merge schedule."""
+        self.best_pair: dict[str, torch.Tensor] | None = None
+        """Adaptive merges: the pair in training where its smoothed loss was lowest."""
+        self.evaluation: dict[str, float] | None = None
+        """The last evaluation of the pair in training, as :attr:`Booster.evaluation`."""
         self.forward_passes = 0
-        """Passes of a whole batch through the model so far: two for each perturbation of a zeroth-order step."""
+        """Passes of a batch (or a part of it) so far: two for each perturbation of a zeroth-order step."""
+        self.forward_sequences = 0
+        """Examples in them: what methods with batches of different size are compared by."""
         self.forward_tokens = 0
         """Real tokens in them."""
+        self.step_length = 1.0
+        """Recipe boost: the last booster's step, where the search for the next one's begins."""
 
-    def merge(self, step: int, place: str, loss: float) -> Booster:
+    def merge(self, step: int, place: str, loss: float, schedule: str = "", reason: str = "") -> Booster:
         """Freeze the pair in training as the next booster and start a new one. The model's function stays."""
-        squares = 0.0
-        for layer in self.adapters.layers.values():
-            product = (layer.lora_A.norm() * layer.lora_B.norm()).item()  # of a rank-1 matrix
-            squares += (layer.scaling * product) ** 2
-        booster = Booster(step, place, loss, squares**0.5)
+        norms = {}
+        for name, layer in self.adapters.layers.items():
+            norm = layer.scaling * (layer.lora_A.norm() * layer.lora_B.norm()).item()  # of a rank-1 matrix
+            if norm:
+                norms[name] = norm
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        booster = Booster(step, place, loss, total, norms, schedule, reason)
         self.adapters.freeze_pair()
         self.boosters.append(booster)
         self.adapters.new_pair(len(self.boosters))
+        self.best_pair = self.evaluation = None
         return booster
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Note the evaluation after ``step``: of the booster that was merged there, else of the pair in training."""
+        kept = {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}
+        if self.boosters and self.boosters[-1].step == step:
+            self.boosters[-1] = replace(self.boosters[-1], evaluation=kept)
+        else:
+            self.evaluation = kept
+
+    def evaluations(self) -> dict[int, float]:
+        """The dev loss with the first k boosters, for every k that was evaluated; the pair in training is the last."""
+        found = {k: b.evaluation["eval_loss"] for k, b in enumerate(self.boosters, start=1) if b.evaluation}
+        if self.evaluation is not None:
+            found[len(self.boosters) + 1] = self.evaluation["eval_loss"]
+        return found
+
+    def copy_pair(self) -> dict[str, torch.Tensor]:
+        """The pair in training as it is now, by the names of its file."""
+        return {
+            _key(name, matrix): getattr(layer, f"lora_{matrix}").detach().clone()
+            for name, layer in self.adapters.layers.items()
+            for matrix in ("A", "B")
+        }
+
+    @torch.no_grad()
+    def roll_back(self) -> None:
+        """Put the best pair back where one was noted."""
+        if self.best_pair is not None:
+            for name, layer in self.adapters.layers.items():
+                layer.lora_A.copy_(self.best_pair[_key(name, "A")])
+                layer.lora_B.copy_(self.best_pair[_key(name, "B")])
+
+    @torch.no_grad()
+    def truncate(self, count: int) -> None:
+        """Go back to when there were ``count`` boosters, the last of them being the pair in training.
+
+        With 0 the pair is zero: the bare base. Raises :class:`XgbloraError` where there are fewer.
+        """
+        there = len(self.boosters) + 1
+        if not 0 <= count <= there:
+            raise XgbloraError(f"there are {there} boosters, so not the first {count}")
+        if count == there:
+            return
+        kept = max(count - 1, 0)
+        del self.boosters[kept:]
+        for layer in self.adapters.layers.values():
+            A, B = layer.booster_A, layer.booster_B
+            layer.booster_A, layer.booster_B = A[:kept].clone(), B[:, :kept].clone()
+            layer.lora_B.zero_()
+            if count:
+                layer.lora_A.copy_(A[kept:count])
+                layer.lora_B.copy_(B[:, kept:count])
+        self.adapters.choose_layers(len(self.boosters))
+        self.best_pair = self.evaluation = None
 
     def save(self, folder: str | Path) -> None:
         """Write the ledger; :class:`peft.PeftModel` loads the folder as it is."""
@@ -87,10 +173,18 @@ class Ledger:
             "rank": self.adapters.rank,
             "scaling": self.adapters.scaling,
             "boosters": [asdict(booster) for booster in self.boosters],
+            "evaluation": self.evaluation,
             "patience": self.patience._asdict(),
+            "step_length": self.step_length,
             "forward_passes": self.forward_passes,
+            "forward_sequences": self.forward_sequences,
             "forward_tokens": self.forward_tokens,
         }
+        if self.best_pair is None:
+            (folder / BEST_PAIR).unlink(missing_ok=True)
+        else:
+            best = {name: tensor.cpu() for name, tensor in self.best_pair.items()}
+            write_atomically(folder / BEST_PAIR, lambda work: save_file(best, work))
         write_json(folder / LEDGER, about)
         write_atomically(folder / WEIGHTS, lambda work: save_file(tensors, work, metadata={"format": "pt"}))
 
@@ -122,7 +216,10 @@ class Ledger:
         self.boosters = boosters
         self.adapters.choose_layers(count)
         self.patience = PatienceState(**about["patience"])
-        self.forward_passes, self.forward_tokens = about["forward_passes"], about["forward_tokens"]
+        self.best_pair = _tensors(folder / BEST_PAIR) if (folder / BEST_PAIR).is_file() else None
+        self.evaluation, self.step_length = about["evaluation"], about["step_length"]
+        self.forward_passes, self.forward_sequences = about["forward_passes"], about["forward_sequences"]
+        self.forward_tokens = about["forward_tokens"]
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path) -> Ledger:
@@ -148,15 +245,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             raise XgbloraError(f"{folder} holds no adapters: {file} is missing")
     try:
         about = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
-        missing = {"rank", "scaling", "boosters", "patience", "forward_passes", "forward_tokens"} - set(about)
+        missing = set(ENTRIES) - set(about)
     except (ValueError, TypeError) as error:
         raise XgbloraError(f"{folder / LEDGER} is damaged ({error}): take another checkpoint") from error
     if missing:
         raise XgbloraError(f"{folder / LEDGER} is damaged (no {', '.join(sorted(missing))}): take another checkpoint")
+    return about, _tensors(folder / WEIGHTS)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return about, load_file(folder / WEIGHTS)
+        return load_file(file)
     except SafetensorError as error:
-        raise XgbloraError(f"{folder / WEIGHTS} is damaged ({error}): take another checkpoint") from error
+        raise XgbloraError(f"{file} is damaged ({error}): take another checkpoint") from error
 
 
 def _key(layer: str, matrix: str) -> str:

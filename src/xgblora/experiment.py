@@ -4,19 +4,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import cast, get_args
 
 from transformers.hf_argparser import HfArg
 
-from xgblora.config import RunConfig, arm
+from xgblora.config import Method, RunConfig, arm
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.report import Curves, draw_eval, draw_loss, draw_merge_eval, draw_summary, read_curves, summarise
 from xgblora.run import CONFIG, METRICS, Workspace, finished_metrics, run
 
 logger = logging.getLogger(__name__)
-
-Method = Literal["lora", "xgblora"]
 
 
 @dataclass
@@ -31,6 +29,10 @@ class ExperimentConfig(RunConfig):
     eval_steps: float | None = HfArg(default=100, help="Steps between evaluations on the development examples.")
     output_root: str | None = HfArg(default=None, help="Folder of the comparison; default runs/<verb>_<task>.")
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds; each arm is trained once with each.")
+    methods: list[str] = HfArg(
+        default_factory=lambda: ["lora", "xgblora"],
+        help="What compare compares: lora, xgblora, and boost, XGBLoRA by --recipe boost.",
+    )
     skip_completed: bool = HfArg(
         default=False, help="Go on with a broken comparison: keep finished runs, resume the unfinished one."
     )
@@ -49,6 +51,9 @@ class ExperimentConfig(RunConfig):
         self.output_dir = self.output_root or "runs"
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise XgbloraError(f"--seeds must be different numbers of 0 or more, got {self.seeds}")
+        known = get_args(Method)
+        if not self.methods or len(set(self.methods)) != len(self.methods) or not set(self.methods) <= set(known):
+            raise XgbloraError(f"--methods must be different ones of {', '.join(known)}, got {' '.join(self.methods)}")
         super().__post_init__()
 
 
@@ -60,24 +65,24 @@ class Result:
     files: list[Path]
 
 
-def arms(config: ExperimentConfig, methods: Sequence[Method]) -> list[RunConfig]:
+def arms(config: ExperimentConfig) -> list[RunConfig]:
     """The configuration of every run."""
     root = Path(str(config.output_root))
     return [
-        arm(config, method, seed=seed, data_seed=seed, output_dir=str(root / f"{method}_seed{seed}"))
-        for method in methods
+        arm(config, cast(Method, method), seed=seed, data_seed=seed, output_dir=str(root / f"{method}_seed{seed}"))
+        for method in config.methods
         for seed in config.seeds
     ]
 
 
-def experiment(config: ExperimentConfig, methods: Sequence[Method] = ("lora", "xgblora")) -> Result:
+def experiment(config: ExperimentConfig) -> Result:
     """Run every arm, then write ``summary.json`` and the figures.
 
     Finished runs of the same configuration are kept with ``skip_completed``, or when all are finished; a run of
     another configuration is never reused. Raises :class:`XgbloraError` in front of an unfinished comparison
     without ``skip_completed`` or ``overwrite_output_dir``.
     """
-    runs = arms(config, methods)
+    runs = arms(config)
     finished = [finished_metrics(each) is not None for each in runs]
     begun = [(Path(str(each.output_dir)) / CONFIG).is_file() for each in runs]
     if all(finished):
@@ -89,7 +94,7 @@ def experiment(config: ExperimentConfig, methods: Sequence[Method] = ("lora", "x
             f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
             "go on with --skip_completed or start again with --overwrite_output_dir"
         )
-    scalings = {each.scaling for each in runs}
+    scalings = {each.scaling for each in runs if each.recipe == "classic"}  # a fit's step length undoes the scaling
     if len(scalings) > 1:
         logger.warning(
             "The methods differ in scaling (alpha/r: %s) and so in step size: --lora_rank 1 compares alike",

@@ -19,7 +19,11 @@ def option_scores(model: PreTrainedModel, batch: Batch, normalised: bool = False
     When every option is a single token and ``normalised`` is False, the logits of these tokens alone are taken:
     the log-softmax over the vocabulary would subtract the same number from all options of an example.
     """
-    hidden = read_hidden(model, batch)
+    return hidden_scores(model, read_hidden(model, batch), batch, normalised)
+
+
+def hidden_scores(model: PreTrainedModel, hidden: Tensor, batch: Batch, normalised: bool = False) -> Tensor:
+    """:func:`option_scores` from the final hidden states (reads, hidden) of ``batch``."""
     if batch.single_token and not normalised:
         rows, column = torch.unique(batch.target, return_inverse=True)
         logits = head_logits(model, hidden, rows)

@@ -16,9 +16,10 @@ from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate
 from xgblora.files import write_json
-from xgblora.models import context_length, load_model
+from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
+from xgblora.residual import residual_writers
 from xgblora.tasks import encode, get_task, load_splits, sample
 from xgblora.trainer import Trainer, last_checkpoint
 
@@ -84,7 +85,7 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     config.train_as_classification = workspace.classification
     set_seed(config.seed)
     metrics: dict[str, Any] = {
-        "method": "zero-shot" if config.trainer == "none" else config.method,
+        "method": "zero-shot" if config.trainer == "none" else "boost" if config.recipe == "boost" else config.method,
         "trainer": config.trainer,
         "seed": config.seed,
         "model": config.model_name,
@@ -95,7 +96,8 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     if config.trainer == "none":
         prepare_folder(config)
         final, dev = workspace.zero_shot(config)
-        work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0, "forward_tokens": 0}
+        work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0}
+        work |= {"forward_sequences": 0, "forward_tokens": 0}
     else:
         adapters = _attach(config, workspace.model)  # first of all: it may refuse, and then nothing was written
         try:
@@ -127,14 +129,17 @@ def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:
         logger.info(line)
     for note in notes(config):
         logger.info("Note: %s", note)
+    boosted = config.recipe == "boost"
+    # The upper half: what a prompt says is there (docs/experiments.md), and the lower half is computed only once.
+    count = config.xgblora_layers or (-(-len(decoder_layers(model)) // 2) if boosted else 0)
     return attach(
         model,
         rank=config.rank,
         alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules,
+        target_modules=config.lora_target_modules or (residual_writers(model) if boosted else None),
         seed=config.seed,
         xgblora=config.xgblora,
-        layers=LayerSubset(config.xgblora_layers, config.xgblora_layer_choice) if config.xgblora_layers else None,
+        layers=LayerSubset(count, config.xgblora_layer_choice) if count else None,
     )
 
 
@@ -163,6 +168,7 @@ def _train(config: RunConfig, workspace: Workspace, adapters: Adapters, folder: 
         "boosters": len(trainer.ledger.boosters) + 1 if config.xgblora else 0,
         "steps": trainer.state.global_step,
         "forward_passes": trainer.ledger.forward_passes,
+        "forward_sequences": trainer.ledger.forward_sequences,
         "forward_tokens": trainer.ledger.forward_tokens,
         "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
         "training_seconds": sum(recorder.step_seconds),

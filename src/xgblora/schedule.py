@@ -31,8 +31,8 @@ class Patience:
     max_steps: int
     """0 = no bound."""
 
-    def observe(self, state: PatienceState, loss: float) -> tuple[PatienceState, bool]:
-        """The state after one more step with this loss, and whether a merge is due."""
+    def observe(self, state: PatienceState, loss: float) -> tuple[PatienceState, str]:
+        """The state after one more step with this loss, and why a merge is due ("" where none is)."""
         average = loss if state.steps == 0 else self.ema_beta * state.average + (1 - self.ema_beta) * loss
         improved = state.steps == 0 or average < state.best - self.threshold
         state = PatienceState(
@@ -41,8 +41,11 @@ class Patience:
             best=average if improved else state.best,
             stale=0 if improved else state.stale + 1,
         )
-        patient = state.stale < self.patience or state.steps < self.min_steps
-        return state, not patient or 0 < self.max_steps <= state.steps
+        if state.stale >= self.patience and state.steps >= self.min_steps:
+            return state, f"no improvement for {state.stale} steps"
+        if 0 < self.max_steps <= state.steps:
+            return state, f"{state.steps} steps, the most of a booster"
+        return state, ""
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,14 @@ class Schedule:
             return None
         return (self.total_steps - 1) // self.every if self.every else 0
 
-    def observe(self, state: PatienceState, step: int, loss: float) -> tuple[PatienceState, bool]:
-        """Take note of the loss of ``step`` (1, 2, ...); say whether a merge follows it."""
+    def observe(self, state: PatienceState, step: int, loss: float) -> tuple[PatienceState, str]:
+        """Take note of the loss of ``step`` (1, 2, ...); say why a merge follows it ("" where none does)."""
         if self.patience is not None:
-            state, due = self.patience.observe(state, loss)
+            state, reason = self.patience.observe(state, loss)
         else:
-            due = self.every > 0 and step % self.every == 0
-        due = due and step < self.total_steps
-        return (PatienceState() if due else state), due
+            reason = self.describe() if self.every > 0 and step % self.every == 0 else ""
+        reason = reason if step < self.total_steps else ""
+        return (PatienceState() if reason else state), reason
 
     def place(self, step: int) -> str:
         """How log lines and records name the place of a merge: ``step 2000`` or ``epoch 3``."""

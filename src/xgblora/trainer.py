@@ -32,6 +32,7 @@ from xgblora.inference_layout import inference_layout, return_freed_memory
 from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
 from xgblora.packing import Batch, Example, build_batch, choose_route
+from xgblora.residual import Tail, boost
 from xgblora.schedule import Schedule, resolve
 from xgblora.zo import direction_generators, estimate_batch
 
@@ -70,6 +71,8 @@ class Trainer(transformers.Trainer):
             raise XgbloraError("training runs in one process: start it without torchrun or accelerate launch")
         if args.xgblora and adapters.rank != 1:
             raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {adapters.rank}")
+        if args.recipe == "boost" and objective is not None:
+            raise XgbloraError("--recipe boost fits the options' or the language model's loss: it takes no objective")
         self.adapters = adapters
         self.ledger = Ledger(adapters)
         self.classification = args.train_as_classification is not False
@@ -87,6 +90,7 @@ class Trainer(transformers.Trainer):
         )
         cache_bytes = int(args.activation_cache_gb * 1e9)
         self.lower_layers = LowerLayers(adapters, cache_bytes) if args.trainer == "zo" else None
+        self.tail = Tail(model, self.packed) if args.recipe == "boost" else None
         # Losses go into the bar and into the record, not onto the console line by line.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
@@ -112,7 +116,10 @@ class Trainer(transformers.Trainer):
         """Write ``.grad`` of the pairs for one micro-batch; return its mean loss (both probes of it, for zo)."""
         args, step = self.args, self.state.global_step
         self.model.eval()
-        batch = Batch(**inputs).to(args.device)
+        batch = Batch(**inputs)
+        if self.tail is not None:
+            return self._fit_booster(batch, self.tail)
+        batch = batch.to(args.device)
         share = 1 / self.current_gradient_accumulation_steps
         if args.trainer == "zo":
             draws = direction_generators(args.seed, step, self._micro_batch, args.zo_num_perturbations)
@@ -134,11 +141,39 @@ class Trainer(transformers.Trainer):
             self._check(loss, *(p.grad for p in self.adapters.parameters()))
             passes = 1
         self.ledger.forward_passes += passes
+        self.ledger.forward_sequences += passes * batch.segments
         self.ledger.forward_tokens += passes * batch.tokens
         before = self.step_loss if self._micro_batch else 0.0
         self.step_loss = before + loss.item() * share
         self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
         return loss * share
+
+    def _fit_booster(self, batch: Batch, tail: Tail) -> Tensor:
+        """Recipe boost: the pair in training becomes the weak learner of this batch; returns the loss before it."""
+        args, ledger = self.args, self.ledger
+        found = boost(
+            self.adapters,
+            batch.examples,
+            tail,
+            classification=self.classification,
+            packed=self.packed,
+            ridge=args.boost_ridge,
+            search_share=args.boost_search_share,
+            step_length=ledger.step_length,
+            shrinkage=args.xgblora_shrinkage,
+            lower_layers=self.lower_layers,
+        )
+        if found.step_length:
+            ledger.step_length = found.step_length
+        else:
+            logger.info("Booster %d adds nothing: no step along it lowers the loss", len(ledger.boosters) + 1)
+        ledger.forward_passes += found.passes
+        ledger.forward_sequences += found.sequences
+        ledger.forward_tokens += found.tokens
+        self.step_loss = found.loss
+        loss = torch.tensor(found.loss)
+        self._check(loss)
+        return loss
 
     def _check(self, loss: Tensor, *gradients: Tensor | None) -> None:
         finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
@@ -197,6 +232,7 @@ class _Boosting(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.schedule = Schedule(total_steps=1)
+        self.measured: dict[str, Tensor] | None = None
 
     def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         batches = len(kwargs["train_dataloader"])
@@ -210,21 +246,59 @@ class _Boosting(TrainerCallback):
                 "decided by the loss" if expected is None else expected,
             )
 
+    def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.schedule.patience is not None:
+            self.measured = self.trainer.ledger.copy_pair()  # what the step's loss is the loss of
+
     def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ledger, step, loss = self.trainer.ledger, state.global_step, self.trainer.step_loss
-        ledger.patience, due = self.schedule.observe(ledger.patience, step, loss)
-        if not due:
+        ledger.patience, reason = self.schedule.observe(ledger.patience, step, loss)
+        if self.schedule.patience is not None:
+            if reason:
+                ledger.roll_back()
+            elif ledger.patience.stale == 0:
+                ledger.best_pair = self.measured
+        if not reason:
+            if args.early_stopping_boosters and step == state.max_steps:
+                control.should_evaluate = True  # the last pair is a booster, too
             return
+        self._shrink(args)
         place = self.schedule.place(step)
         logger.info("XGBLoRA: Merging and reinitializing at %s", place)
-        ledger.merge(step, place, loss)
-        if self.trainer.lower_layers is not None:
-            self.trainer.lower_layers.clear()
+        ledger.merge(step, place, loss, self.schedule.describe(), reason)
+        subset = self.trainer.adapters.subset
+        if self.trainer.lower_layers is not None and not (subset and subset.choice == "top"):
+            self.trainer.lower_layers.clear()  # the new booster may lie below the layers that train next
         optimizer = kwargs["optimizer"]
         for parameter in self.trainer.adapters.parameters():
             optimizer.state.pop(parameter, None)
-        if args.eval_strategy != "no":
+        if args.eval_strategy != "no" or args.early_stopping_boosters:
             control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        ledger = self.trainer.ledger
+        ledger.evaluated(state.global_step, metrics)
+        losses = ledger.evaluations()
+        since_best = len(losses) - min(losses, key=losses.__getitem__) if losses else 0
+        if 0 < args.early_stopping_boosters <= since_best:
+            logger.info("Stopping: %d boosters have not lowered the dev loss", since_best)
+            control.should_training_stop = True
+
+    def on_train_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._shrink(args)
+        ledger = self.trainer.ledger
+        losses = ledger.evaluations()
+        if args.early_stopping_boosters and args.method == "xgblora" and losses:
+            best = min(losses, key=losses.__getitem__)
+            logger.info("Keeping the first %d of %d boosters: dev loss %.4f", best, max(losses), losses[best])
+            ledger.truncate(best)
+
+    def _shrink(self, args: RunConfig) -> None:
+        """Shrink a finished booster; a fitted one was shrunk when its step was taken."""
+        if args.method == "xgblora" and args.recipe == "classic" and args.xgblora_shrinkage < 1:
+            self.trainer.adapters.scale_pair(args.xgblora_shrinkage)
 
 
 class _Progress(ProgressCallback):

@@ -1,0 +1,266 @@
+"""Boosters fitted to pseudo-residuals: the fit is the optimum it claims to be, and the model follows it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedConfig
+
+from conftest import ARCHITECTURES, LogLines, build, examples, train
+from xgblora import LayerSubset, RunConfig, XgbloraError, attach, evaluate, load_adapters
+from xgblora.lower_layers import LowerLayers
+from xgblora.models import decoder_layers
+from xgblora.objectives import option_scores
+from xgblora.packing import Example, build_batch, choose_route, read_hidden
+from xgblora.residual import Tail, TailLoss, _Forwards, _last_layer, _rows, boost, fit, line_search, residual_writers
+
+OPTIONS = {"single": [[5], [9]], "several": [[5], [9], [13]], "long": [[5, 6], [9], [13, 14, 15]]}
+BOOST: dict[str, Any] = {"recipe": "boost", "lora_target_modules": ["out_proj"], "layers": LayerSubset(1, "top")}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_tail_gives_the_models_scores(architecture: PreTrainedConfig, options: str, normalised: bool) -> None:
+    model = build(architecture)
+    packed = choose_route(model)
+    tail = Tail(model, packed)
+    batch = build_batch(examples(7, OPTIONS[options]), packed)
+    with torch.no_grad():
+        expected = option_scores(model, batch, normalised)
+        with _last_layer(model) as last:
+            read_hidden(model, batch)
+        found = tail.scores(_rows(last[-1], batch), batch, normalised)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("classification", [True, False])
+def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, classification: bool) -> None:
+    """At the optimum the gradient vanishes: every a_m is -1/weight times the sum of slopes times scaled inputs."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    with torch.no_grad():
+        seen = _Forwards(adapters, classification, True, None).observe(examples(60, OPTIONS[options]))
+        loss = TailLoss(Tail(model, True), seen, classification)
+        learner = fit(seen, loss, ridge=1.0)
+        assert learner.output.norm().item() == pytest.approx(1, abs=1e-5)
+        change = sum(x @ a for x, a in zip(seen.inputs, learner.inputs, strict=True))
+        torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
+        before, _ = loss(seen.hidden)
+        after, gradient = loss(seen.hidden + learner.change[:, None] * learner.output)
+        assert after.mean() < 0.9 * before.mean()
+        slopes = gradient @ learner.output
+        spreads = [(x - x.mean(0)).norm(dim=1).mean() * len(seen.inputs) ** 0.5 for x in seen.inputs]
+        variance = sum(((x - x.mean(0)) / s).square().sum(1).mean() for x, s in zip(seen.inputs, spreads, strict=True))
+        weight = variance * loss.curvature(seen.hidden, learner.output)
+        for x, a, spread in zip(seen.inputs, learner.inputs, spreads, strict=True):
+            torch.testing.assert_close(a, -(x.T @ slopes) / spread**2 / weight, rtol=0.02, atol=1e-3 * a.abs().max())
+
+
+def test_a_larger_ridge_gives_a_shorter_learner() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    with torch.no_grad():
+        seen = _Forwards(adapters, True, True, None).observe(examples(40))
+        loss = TailLoss(Tail(model, True), seen, True)
+        sizes = [fit(seen, loss, ridge).change.norm() for ridge in (0.1, 1.0, 10.0)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"mistral"}))  # whose window the first token leaves
+def test_boosters_learn_what_the_first_token_tells(name: str) -> None:
+    model = build(ARCHITECTURES[name])
+    packed = choose_route(model)
+    adapters = attach(model, 1, 16, residual_writers(model), xgblora=True)
+    tail, held_out = Tail(model, packed), examples(100, seed=2)
+    before = evaluate(model, held_out, packed, 64)
+    for number in range(4):
+        found = boost(adapters, examples(300, seed=10 + number), tail, packed=packed)
+        assert found.after <= found.before
+        adapters.freeze_pair()
+        adapters.new_pair(number + 1)
+    after = evaluate(model, held_out, packed, 64)
+    assert after.loss < 0.6 * before.loss
+    assert after.accuracy > 0.8
+
+
+def test_three_options_take_boosters_in_several_directions() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    tail, outputs = Tail(model, True), []
+    held_out = examples(150, OPTIONS["several"], seed=2)
+    before = evaluate(model, held_out, True, 64)
+    for number in range(6):
+        boost(adapters, examples(300, OPTIONS["several"], seed=10 + number), tail)
+        outputs.append(torch.nn.functional.normalize(adapters.slices[0][0].lora_B[:, 0].detach(), dim=0))
+        adapters.freeze_pair()
+        adapters.new_pair(number + 1)
+    after = evaluate(model, held_out, True, 64)
+    assert after.accuracy > max(0.6, before.accuracy + 0.2)
+    assert torch.linalg.matrix_rank(torch.stack(outputs), rtol=0.05) >= 2
+
+
+def test_no_gradient_passes_through_a_decoder_layer() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    modes: set[bool] = set()
+    for layer in decoder_layers(model).values():
+        layer.register_forward_pre_hook(lambda *_: modes.add(torch.is_grad_enabled()))
+    boost(adapters, examples(40), Tail(model, True))
+    assert modes == {False}
+    assert all(parameter.grad is None for parameter in adapters.parameters())
+
+
+def test_what_was_forwarded_is_counted() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    tail, forwards = Tail(model, True), []
+    model.base_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    rows = [Example([20 + number % 2, 21, 22], [[5], [9]], number % 2) for number in range(40)]
+    found = boost(adapters, rows, tail)
+    evaluations = (found.sequences - 35) // 5
+    assert found.sequences == 35 + 5 * evaluations
+    assert found.passes == len(forwards) == 1 + evaluations
+    assert found.tokens == 3 * found.sequences
+
+
+def test_examples_that_all_look_alike_teach_nothing() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    found = boost(adapters, [Example([20, 21, 22], [[5], [9]], number % 2) for number in range(40)], Tail(model, True))
+    assert found.step_length == 0
+    assert found.after == found.before
+    assert not any(layer.lora_B.any() for layer in adapters.layers.values())
+
+
+def test_scaling_is_undone_and_shrinkage_is_not() -> None:
+    updates = []
+    for alpha, shrinkage in ((16, 1.0), (1, 1.0), (16, 0.5)):
+        model = build(ARCHITECTURES["llama"])
+        adapters = attach(model, 1, alpha, ["o_proj"], xgblora=True)
+        boost(adapters, examples(60), Tail(model, True), shrinkage=shrinkage)
+        layer = adapters.slices[0][0]
+        updates.append(layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach())
+    torch.testing.assert_close(updates[0], updates[1])
+    torch.testing.assert_close(updates[0], 2 * updates[2])
+
+
+def test_layers_that_do_not_train_stay_zero() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True, layers=LayerSubset(1, "top"))
+    boost(adapters, examples(60), Tail(model, True))
+    first, second = adapters.layers.values()
+    assert not first.lora_B.any()
+    assert second.lora_B.any()
+
+
+def test_kept_activations_change_nothing_but_rounding() -> None:
+    found = []
+    for cache_bytes in (0, 10**8):
+        model = build(ARCHITECTURES["llama"])
+        adapters = attach(model, 1, 16, ["o_proj"], xgblora=True, layers=LayerSubset(1, "top"))
+        lower = LowerLayers(adapters, cache_bytes)
+        results = [boost(adapters, examples(60), Tail(model, True), lower_layers=lower).after for _ in range(2)]
+        assert bool(lower.used_bytes) == bool(cache_bytes)
+        found.append(results)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("best", "start", "within"), [(1.0, 1.0, 0.01), (3.0, 1.0, 0.2), (0.3, 1.0, 0.1), (20.0, 1.0, 6.0)]
+)
+def test_the_line_search_finds_the_lowest_step(best: float, start: float, within: float) -> None:
+    def loss_at(step: float) -> float:
+        return math.log(step / best) ** 2 if step else 100.0
+
+    assert line_search(loss_at, start) == pytest.approx(best, abs=within)
+
+
+def test_the_line_search_takes_no_step_uphill() -> None:
+    calls: list[float] = []
+
+    def loss_at(step: float) -> float:
+        calls.append(step)
+        return step
+
+    assert line_search(loss_at, 1.0) == 0.0
+    assert len(calls) <= 9
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "count", "says"),
+    [
+        (["v_proj"], 1, 40, "residual stream"),
+        (["o_proj"], 2, 40, "rank 1"),
+        (["o_proj"], 1, 2, "at least 3"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(targets: list[str], rank: int, count: int, says: str) -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, rank, 16, targets)
+    with pytest.raises(XgbloraError, match=says):
+        boost(adapters, examples(count), Tail(model, True))
+
+
+def test_a_model_with_other_names_asks_for_targets() -> None:
+    model = build(ARCHITECTURES["llama"])
+    for block in decoder_layers(model).values():
+        block.self_attn.write = block.self_attn.o_proj
+        del block.self_attn.o_proj
+    with pytest.raises(XgbloraError, match="--lora_target_modules"):
+        residual_writers(model)
+
+
+def test_a_run_is_one_booster_a_step(tmp_path: Path, log_lines: LogLines) -> None:
+    trainer, losses = train(tmp_path, **BOOST, boost_boosters=3, boost_examples=48)
+    assert len(losses) == trainer.state.global_step == 3
+    assert [booster.step for booster in trainer.ledger.boosters] == [1, 2]
+    assert trainer.adapters.slices[0][0].lora_B.any()  # the third, which no merge follows
+    assert losses[2] < losses[0]
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
+    flags = BOOST | {"boost_boosters": 4, "boost_examples": 48, "activation_cache_gb": 0}
+    flags |= {"save_strategy": "steps", "save_total_limit": 9}
+    whole, losses = train(tmp_path / "whole", **flags)
+    resumed, again = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again == losses
+    assert resumed.ledger.step_length == whole.ledger.step_length
+    assert resumed.ledger.forward_sequences == whole.ledger.forward_sequences
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        assert torch.equal(mine.lora_A, theirs.lora_A)
+        assert torch.equal(mine.lora_B, theirs.lora_B)
+        assert torch.equal(mine.booster_B, theirs.booster_B)
+
+
+def test_saved_boosters_predict_alike(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, **BOOST, boost_boosters=2)
+    trainer.ledger.save(tmp_path / "adapter")
+    rows = examples(20, seed=3)
+    expected = evaluate(trainer.model, rows, True, 64)
+    fresh = build(ARCHITECTURES["opt"])
+    load_adapters(fresh, tmp_path / "adapter")
+    assert evaluate(fresh, rows, True, 64).loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"lora": True}, "leave out --lora"),
+        ({"trainer": "regular"}, "--trainer regular"),
+        ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps"),
+        ({"torch_compile": True}, "--torch_compile"),
+        ({"xgblora_use_adaptive_merge": True}, "--xgblora_use_adaptive_merge"),
+        ({"boost_boosters": 0}, "--boost_boosters"),
+        ({"boost_examples": 2}, "--boost_examples"),
+        ({"boost_search_share": 0.6}, "--boost_search_share"),
+        ({"boost_ridge": 0.0}, "--boost_ridge"),
+        ({"xgblora_shrinkage": 1.5}, "--xgblora_shrinkage"),
+        ({"recipe": "best"}, "--recipe"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_refused(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(XgbloraError, match=says):
+        RunConfig(**{"recipe": "boost", "use_cpu": True} | flags)
