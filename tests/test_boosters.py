@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, build
-from xgblora import Adapters, Ledger, XgbloraError, attach, load_adapters
+from xgblora import Adapters, Ledger, XgbloraError, attach, load_adapters, start_from
 from xgblora.adapters import BLOCK
 
 IDS = torch.tensor([[3, 17, 200, 41, 5, 9, 77, 33, 12]])
@@ -206,3 +206,45 @@ def test_other_adapters_are_refused(
     ledger.save(tmp_path)
     with pytest.raises(XgbloraError, match=message):
         Ledger(attach(build(ARCHITECTURES["opt"]), **arguments)).load(tmp_path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_peft_lora_becomes_the_first_boosters(rslora: bool, tmp_path: Path) -> None:
+    """Same logits as PEFT's; the layers it leaves out hold zeros; our pair trains after it."""
+    model = build(ARCHITECTURES["llama"])
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False, use_rslora=rslora)
+    theirs = get_peft_model(model, config).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = theirs(ids).logits
+    theirs.save_pretrained(tmp_path)
+    model = build(ARCHITECTURES["llama"])
+    ledger = Ledger(attach(model, 1, 16, ["q_proj", "v_proj"], xgblora=True))
+    assert start_from(ledger, tmp_path) == 3
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert [booster.step for booster in ledger.boosters] == [0, 0, 0]
+    ledger.save(tmp_path / "again")
+    fresh = build(ARCHITECTURES["llama"])
+    load_adapters(fresh, tmp_path / "again")
+    torch.testing.assert_close(fresh(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "changes", "says"),
+    [
+        (["v_proj"], {}, "name those layers"),
+        (["q_proj"], {"use_dora": True}, "use_dora"),
+        (["q_proj"], {"peft_type": "IA3"}, "not that of a LoRA"),
+    ],
+)
+def test_adapters_that_boosters_cannot_hold_are_refused(
+    targets: list[str], changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(build(ARCHITECTURES["llama"]), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    ledger = Ledger(attach(build(ARCHITECTURES["llama"]), 1, 16, targets, xgblora=True))
+    with pytest.raises(XgbloraError, match=says):
+        start_from(ledger, tmp_path)
+    with pytest.raises(XgbloraError, match="no PEFT adapter"):
+        start_from(ledger, tmp_path / "nowhere")

@@ -446,11 +446,83 @@ def test_extra_args_reach_both_arms_and_may_not_contradict(run: Run, small: list
         assert "is set for each run of a comparison" in err
 
 
+def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: Path) -> None:
+    """Train by the recipe, look at its stages, export a part, and start the next run from that part."""
+    folder, part, second = tmp_path / "run", tmp_path / "part", tmp_path / "second"
+    boost = "train --recipe boost --boost_boosters 3".split()
+    code, out, err = run(*boost, *small, "--eval_strategy", "steps", "--output_dir", folder)
+    assert (code, err) == (0, "")
+    assert "Recipe: boost" in out
+    assert "Boost+ZO" in out
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["method"], metrics["merges"], metrics["steps"]) == ("boost", 2, 3)
+    assert metrics["eval_loss"] < metrics["zero_shot_loss"]
+    ledger = json.loads((folder / "adapter" / "ledger.json").read_text(encoding="utf-8"))
+    assert [booster["evaluation"] is not None for booster in ledger["boosters"]] == [True, True]
+
+    code, out, err = run("stages", folder)
+    assert (code, err) == (0, "")
+    stages = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
+    assert [stage["boosters"] for stage in stages] == [0, 1, 2, 3]
+    assert stages[0]["loss"] == pytest.approx(metrics["zero_shot_loss"], rel=1e-5)
+    assert stages[3]["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert stages[1]["dev_loss"] == pytest.approx(ledger["boosters"][0]["evaluation"]["eval_loss"], rel=1e-5)
+    assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
+
+    assert run("export", folder, "--boosters", 2, "--output", part)[0] == 0
+    targets = ["--lora_target_modules", "out_proj"]
+    flags = ["--xgblora", "--max_steps", "2", "--init_adapter", part, "--output_dir", second]
+    code, out, err = run("train", *flags, *targets, *small)
+    assert (code, err) == (0, "")
+    after = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
+    assert after["zero_shot_loss"] == metrics["zero_shot_loss"]
+    assert after["merges"] == 0
+    assert after["eval_loss"] == pytest.approx(stages[2]["loss"], abs=0.05)
+    assert len(json.loads((second / "adapter" / "ledger.json").read_text(encoding="utf-8"))["boosters"]) == 2
+
+
+def test_boost_beside_lora(run: Run, small: list[str], tmp_path: Path) -> None:
+    """Each method in its own steps; the figures count examples forwarded."""
+    flags = "--methods lora boost --seeds 0 --max_steps 4 --eval_steps 2 --lora_rank 1 --boost_boosters 2".split()
+    code, out, err = run("compare", "--output_root", tmp_path, *flags, *small)
+    assert (code, err) == (0, "")
+    assert "Scaling" in out
+    steps = [
+        json.loads((tmp_path / f"{m}_seed0" / "metrics.json").read_text("utf-8"))["steps"] for m in ("lora", "boost")
+    ]
+    assert steps == [4, 2]
+    assert (tmp_path / "eval.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("compare --recipe boost", "--methods"),
+        ("boost --methods lora", "--methods"),
+        ("compare --methods lora trees", "lora, xgblora, boost"),
+        ("compare --methods lora lora", "different ones"),
+        ("train --init_adapter somewhere", "--xgblora"),
+        ("train --xgblora --init_adapter nowhere --output_dir OUT", "no PEFT adapter"),
+        ("train --recipe boost --lora_target_modules v_proj --output_dir OUT --max_steps 1", "residual stream"),
+        ("stages", "say which run"),
+        ("stages nowhere", "no finished run"),
+    ],
+)
+def test_what_boosting_cannot_do_is_one_line(
+    command: str, says: str, run: Run, small: list[str], tmp_path: Path
+) -> None:
+    verb, *rest = command.replace("OUT", str(tmp_path / "out")).split()
+    code, _, err = run(verb, *rest, *([] if verb == "stages" else small))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert says in err
+
+
 @pytest.mark.parametrize("argv", [[], ["--help"]])
 def test_usage(argv: list[str], run: Run) -> None:
     code, out, _ = run(*argv)
     assert code == 0
-    for verb in ("train", "compare", "boost", "check", "demo"):
+    for verb in ("train", "compare", "boost", "check", "stages", "export", "demo"):
         assert verb in out
 
 

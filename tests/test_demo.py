@@ -10,10 +10,19 @@ from xgblora.cli import main
 
 def test_a_short_demo_ends_with_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--max_steps 4 --xgblora_steps_per_iteration 2 --num_train 32 --num_dev 8 --num_eval 16 --eval_steps 2"
-    flags += " --per_device_train_batch_size 4 --use_cpu true --disable_tqdm true --logging_steps 1"
+    flags += " --per_device_train_batch_size 4 --boost_boosters 2 --use_cpu true --disable_tqdm true --logging_steps 1"
     assert main(["demo", "--output_root", str(tmp_path), *flags.split()]) == 0
     out = capsys.readouterr().out
-    for words in ("LoRA+ZO", "XGBLoRA+ZO", "zero-shot", "forward passes", "loss.png", "summary.png", "metrics.json"):
+    for words in (
+        "LoRA+ZO",
+        "XGBLoRA+ZO",
+        "Boost+ZO",
+        "zero-shot",
+        "forward passes",
+        "loss.png",
+        "summary.png",
+        "metrics.json",
+    ):
         assert words in out
     assert "16 held-out test rows" in out
     assert "XGBLoRA: Merging and reinitializing at step 2" in out

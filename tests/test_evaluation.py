@@ -1,13 +1,14 @@
 """Evaluation: its numbers do not depend on batches, order or layout."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedConfig
 
 from conftest import ARCHITECTURES, build, byte_tokenizer, examples
-from xgblora import Example, evaluate, predict
+from xgblora import Example, LayerSubset, Ledger, attach, evaluate, evaluate_stages, predict
 from xgblora.tasks import TASKS
 
 
@@ -46,3 +47,23 @@ def test_predictions_are_options() -> None:
     found = predict(model, byte_tokenizer(), task, ["fine", "bad", "so"])
     assert len(found) == 3
     assert set(found) <= set(task.options)
+
+
+@pytest.mark.parametrize("subset", [None, LayerSubset(1, "top")])
+def test_stages_are_the_model_with_its_first_boosters(subset: LayerSubset | None, randomise: Any) -> None:
+    model = build(ARCHITECTURES["llama"])
+    rows = examples(40)
+    expected = [evaluate(model, rows, True, 8)]
+    ledger = Ledger(attach(model, 1, 16, ["o_proj"], xgblora=True, layers=subset))
+    for number in range(3):
+        with torch.no_grad():
+            for layer, _, _ in ledger.adapters.slices:
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(number)))
+        expected.append(evaluate(model, rows, True, 8))
+        if number < 2:
+            ledger.merge(number + 1, "", 1.0)
+    found = evaluate_stages(ledger.adapters, rows, True, 8)
+    assert [stage.predictions for stage in found] == [stage.predictions for stage in expected]
+    assert [stage.loss for stage in found] == pytest.approx([stage.loss for stage in expected], rel=1e-5)
+    assert len({stage.loss for stage in found}) == 4
+    assert evaluate(model, rows, True, 8).loss == expected[-1].loss  # all as it was

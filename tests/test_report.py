@@ -31,6 +31,8 @@ def curves(label: str, seed: int, accuracy: float, merges: list[int] | None = No
         "merges": len(merges),
         "merge_steps": merges,
         "forward_passes": 8000,
+        "forward_sequences": 64000,
+        "steps": 40,
         "seconds_per_step": 0.5,
         "peak_memory_mb": 1234.5,
     }

@@ -1,10 +1,10 @@
 """Forward-only fine-tuning of causal language models with LoRA and XGBLoRA."""
 
 from xgblora.adapters import Adapters, LayerSubset, attach
-from xgblora.boosters import Ledger, load_adapters
+from xgblora.boosters import Ledger, load_adapters, start_from
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
-from xgblora.evaluation import evaluate, predict
+from xgblora.evaluation import evaluate, evaluate_stages, predict
 from xgblora.models import load_model
 from xgblora.packing import Example
 from xgblora.tasks import encode, get_task, load_splits, sample
@@ -22,10 +22,12 @@ __all__ = [
     "attach",
     "encode",
     "evaluate",
+    "evaluate_stages",
     "get_task",
     "load_adapters",
     "load_model",
     "load_splits",
     "predict",
     "sample",
+    "start_from",
 ]

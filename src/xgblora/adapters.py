@@ -260,6 +260,20 @@ class Adapters:
             layer.lora_B.mul_(factor)
 
     @contextmanager
+    def first(self, count: int) -> Iterator[None]:
+        """Forwards inside the block see the first ``count`` boosters alone; the pair in training is the last one."""
+        whole = {layer: (layer.booster_A, layer.booster_B, layer.lora_B.data) for layer in self.layers.values()}
+        try:
+            if count <= self.boosters:
+                for layer in self.layers.values():
+                    layer.booster_A, layer.booster_B = layer.booster_A[:count], layer.booster_B[:, :count]
+                    layer.lora_B.data = torch.zeros_like(layer.lora_B)
+            yield
+        finally:
+            for layer, (A, B, last) in whole.items():
+                layer.booster_A, layer.booster_B, layer.lora_B.data = A, B, last
+
+    @contextmanager
     def probing(self, probe: Probe) -> Iterator[None]:
         """Evaluate the perturbed pairs of ``probe`` in every forward inside the block."""
         count = probe.directions.shape[0]

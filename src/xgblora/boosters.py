@@ -22,6 +22,7 @@ from xgblora.files import write_atomically, write_json
 from xgblora.schedule import PatienceState
 
 WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 LEDGER = "ledger.json"
 BEST_PAIR = "best_pair.safetensors"
 ENTRIES = (
@@ -44,7 +45,7 @@ class Booster:
 
     step: int
     place: str
-    loss: float
+    loss: float | None
     norm: float
     """Frobenius norm of its update scaling * B A over all layers."""
     norms: dict[str, float] = field(default_factory=dict)
@@ -220,6 +221,53 @@ class Ledger:
         self.evaluation, self.step_length = about["evaluation"], about["step_length"]
         self.forward_passes, self.forward_sequences = about["forward_passes"], about["forward_sequences"]
         self.forward_tokens = about["forward_tokens"]
+
+
+@torch.no_grad()
+def start_from(ledger: Ledger, folder: str | Path) -> int:
+    """Make every rank of a PEFT LoRA a booster of the (empty) ledger, in front of the pair in training.
+
+    Returns how many. Raises :class:`XgbloraError` where the folder holds no LoRA, or one that this ledger's layers
+    cannot hold.
+    """
+    folder = Path(folder)
+    for name in (PEFT_CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise XgbloraError(f"{folder} holds no PEFT adapter: {name} is missing")
+    try:
+        theirs = LoraConfig.from_pretrained(str(folder))
+        rank, factor = theirs.r, theirs.lora_alpha / (theirs.r**0.5 if theirs.use_rslora else theirs.r)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise XgbloraError(f"{folder / PEFT_CONFIG} is not that of a LoRA: {error}") from error
+    for option in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+        if getattr(theirs, option, None):
+            raise XgbloraError(f"{folder} uses {option}, which a stack of rank-1 pairs cannot hold")
+    tensors = _tensors(folder / WEIGHTS)
+    for name, layer in ledger.adapters.layers.items():
+        A = tensors.pop(_key(name, "A"), None)
+        B = tensors.pop(_key(name, "B"), None)
+        A = torch.zeros(rank, layer.in_features) if A is None else A.float()
+        B = torch.zeros(layer.out_features, rank) if B is None else B.float() * (factor / layer.scaling)
+        if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
+            raise XgbloraError(f"{folder / WEIGHTS} does not fit {name}: it was trained on another base model")
+        layer.booster_A, layer.booster_B = A.to(ledger.adapters.device), B.to(ledger.adapters.device)
+    if tensors:
+        raise XgbloraError(
+            f"{folder} adapts {next(iter(tensors))}, which this run does not: name those layers with "
+            "--lora_target_modules"
+        )
+    for number in range(rank):
+        norms = {
+            name: norm
+            for name, layer in ledger.adapters.layers.items()
+            if (norm := layer.scaling * (layer.booster_A[number].norm() * layer.booster_B[:, number].norm()).item())
+        }
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        ledger.boosters.append(
+            Booster(0, "the start", None, total, norms, reason=f"rank {number + 1} of {folder.name}")
+        )
+    ledger.adapters.new_pair(rank)
+    return rank
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path) -> Ledger:

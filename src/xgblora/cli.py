@@ -1,4 +1,4 @@
-"""The command line: ``xgblora train | compare | boost | check | export | demo``."""
+"""The command line: ``xgblora train | compare | boost | check | stages | export | demo``."""
 
 import argparse
 import io
@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import transformers
 from rich.console import Console
+from rich.table import Table as RichTable
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -22,6 +23,7 @@ from xgblora.experiment import ExperimentConfig, Result, experiment
 from xgblora.export import ExportConfig, export
 from xgblora.report import read_curves, results_table
 from xgblora.run import run
+from xgblora.stages import stages
 
 C = TypeVar("C")
 
@@ -31,6 +33,7 @@ USAGE = """usage: xgblora VERB [--flag value ...]      (xgblora VERB --help list
   compare   LoRA and XGBLoRA over seeds, with figures and a summary
   boost     XGBLoRA over seeds, with the evaluation at each merge
   check     rank, alpha and scaling of both methods, without training
+  stages    a finished run with its first 0, 1, ... boosters (xgblora stages RUN)
   export    a run's boosters for PEFT, as a whole model, or for llama.cpp (xgblora export RUN --format ...)
   demo      a small model learns a real task on this machine, in minutes
 """
@@ -79,6 +82,22 @@ def _boost(verb: str, argv: list[str]) -> int:
 
 def _check(verb: str, argv: list[str]) -> int:
     return 0 if check(parse(CheckConfig, verb, argv)) else 1
+
+
+def _stages(verb: str, argv: list[str]) -> int:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise XgbloraError("say which run, and nothing else: xgblora stages RUN")
+    found, files = stages(Path(argv[0]))
+    table = RichTable(title=f"{argv[0]}: the first boosters alone")
+    for column in ("boosters", "test accuracy %", "test loss", "dev accuracy %", "dev loss"):
+        table.add_column(column, justify="right")
+    for stage in found:
+        dev = ("", "")
+        if stage.dev_accuracy is not None:
+            dev = (f"{100 * stage.dev_accuracy:.1f}", f"{stage.dev_loss:.4f}")
+        table.add_row(str(stage.boosters), f"{100 * stage.accuracy:.1f}", f"{stage.loss:.4f}", *dev)
+    _print(table, files)
+    return 0
 
 
 def _export(verb: str, argv: list[str]) -> int:
@@ -151,10 +170,14 @@ def _given(argv: Sequence[str], verb: str) -> dict[str, Any]:
 
 
 def _show(result: Result) -> None:
+    _print(results_table(result.runs), result.files)
+
+
+def _print(table: RichTable, files: Sequence[Path]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print()
-    console.print(results_table(result.runs))
-    for path in result.files:
+    console.print(table)
+    for path in files:
         print(path)
 
 
@@ -187,6 +210,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "compare": _compare,
     "boost": _boost,
     "check": _check,
+    "stages": _stages,
     "export": _export,
     "demo": _demo,
 }

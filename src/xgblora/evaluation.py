@@ -1,14 +1,19 @@
 """Scoring options over a data set: accuracy and loss, sorted by length, in batches of equally many tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from xgblora.adapters import Adapters
 from xgblora.inference_layout import inference_layout
+from xgblora.lower_layers import LowerLayers
 from xgblora.models import context_length
 from xgblora.objectives import option_scores, score_losses
 from xgblora.packing import Example, build_batch, choose_route
@@ -24,7 +29,6 @@ class Evaluation:
     predictions: list[int]
 
 
-@torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -39,23 +43,67 @@ def evaluate(
     else the mean negative log-probability of the correct option's tokens. A batch holds as many tokens as
     ``batch_size`` examples of average length. ``progress`` names a progress bar.
     """
+    return _evaluate(model, examples, packed, batch_size, classification, progress, [nullcontext])[0]
+
+
+def evaluate_stages(
+    adapters: Adapters,
+    examples: Sequence[Example],
+    packed: bool,
+    batch_size: int,
+    classification: bool = True,
+    progress: str | None = None,
+) -> list[Evaluation]:
+    """The same with the first 0, 1, ... boosters and with all (the last is the pair in training), in one pass.
+
+    What lies below the lowest layer that trains is computed once for all stages.
+    """
+    stages = [partial(adapters.first, count) for count in range(adapters.boosters + 2)]
+    lower_layers = LowerLayers(adapters, cache_bytes=10**9)
+    return _evaluate(adapters.model, examples, packed, batch_size, classification, progress, stages, lower_layers)
+
+
+@torch.inference_mode()
+def _evaluate(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    packed: bool,
+    batch_size: int,
+    classification: bool,
+    progress: str | None,
+    stages: Sequence[Callable[[], AbstractContextManager[None]]],
+    lower_layers: LowerLayers | None = None,
+) -> list[Evaluation]:
+    """One evaluation for every stage: what to do to the model around a forward."""
     device = next(model.parameters()).device
-    predictions = [0] * len(examples)
-    losses = []
+    predictions = [[0] * len(examples) for _ in stages]
+    losses: list[list[Tensor]] = [[] for _ in stages]
     with (
         inference_layout(model),
         tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar,
     ):
         for chosen in _by_tokens(examples, batch_size):
             rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]
-            batch = build_batch(rows, packed).to(device).filled()
-            scores = option_scores(model, batch, normalised=not classification)
-            losses.append(score_losses(scores, batch.label, classification))
-            for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
-                predictions[i] = prediction
+            plain = build_batch(rows, packed).to(device)
+            batch = plain.filled()
+            for number, stage in enumerate(stages):
+                with stage(), lower_layers.shared(plain, batch) if lower_layers else nullcontext():
+                    scores = option_scores(model, batch, normalised=not classification)
+                losses[number].append(score_losses(scores, batch.label, classification))
+                for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
+                    predictions[number][i] = prediction
+            if lower_layers:
+                lower_layers.clear()
             bar.update(len(chosen))
-    correct = sum(p == e.label for p, e in zip(predictions, examples, strict=True))
-    return Evaluation(correct / len(examples), torch.cat(losses).double().mean().item(), predictions)
+    labels = [e.label for e in examples]
+    return [
+        Evaluation(
+            sum(p == label for p, label in zip(found, labels, strict=True)) / len(examples),
+            torch.cat(loss).double().mean().item(),
+            found,
+        )
+        for found, loss in zip(predictions, losses, strict=True)
+    ]
 
 
 def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:

@@ -43,6 +43,9 @@ MOST_READS = 2048
 WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
 """How architectures call the layer that writes a block's attention to the residual stream."""
 
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn", "c_fc", "query_key_value")
+"""Layers inside a block, which may be as wide as the residual stream and yet do not write to it."""
+
 
 @dataclass(frozen=True)
 class Boost:
@@ -106,10 +109,10 @@ def boost(
         raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
     seen = forwards.observe(examples[:-held])
     for name, layer in adapters.layers.items():
-        if layer.out_features != seen.hidden.shape[1]:
+        if layer.out_features != seen.hidden.shape[1] or name.rpartition(".")[2] in READERS:
             raise XgbloraError(
-                f"--recipe boost fits layers that write to the residual stream ({seen.hidden.shape[1]} wide); {name} "
-                f"has {layer.out_features} outputs: leave out --lora_target_modules"
+                f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
+                "--lora_target_modules"
             )
     learner = fit(seen, TailLoss(tail, seen, classification), ridge)
     searched = list(_parts(examples[-held:], packed))

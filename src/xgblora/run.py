@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel, set_seed
 
 from xgblora.adapters import Adapters, LayerSubset, attach
+from xgblora.boosters import Ledger, start_from
 from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate
@@ -101,9 +102,14 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     else:
         adapters = _attach(config, workspace.model)  # first of all: it may refuse, and then nothing was written
         try:
+            ledger = Ledger(adapters)
+            if config.init_adapter:
+                count = start_from(ledger, config.init_adapter)
+                logger.info("Starting from %s: %d boosters", config.init_adapter, count)
             prepare_folder(config)
-            workspace.zero_shot(config)
-            work = _train(config, workspace, adapters, folder)
+            with adapters.first(0):
+                workspace.zero_shot(config)
+            work = _train(config, workspace, ledger, folder)
             final, dev = workspace.scores(config, "trained")
         finally:
             adapters.detach()
@@ -143,16 +149,17 @@ def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:
     )
 
 
-def _train(config: RunConfig, workspace: Workspace, adapters: Adapters, folder: Path) -> dict[str, Any]:
+def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path) -> dict[str, Any]:
     trainer = Trainer(
         model=workspace.model,
         args=config,
-        adapters=adapters,
+        adapters=ledger.adapters,
         train_dataset=workspace.train,
         eval_dataset=workspace.dev,
         packed=workspace.packed,
+        ledger=ledger,
     )
-    recorder = CurveRecorder(folder, trainer.ledger)
+    recorder = CurveRecorder(folder, ledger)
     trainer.add_callback(recorder)
     checkpoint = config.resume_from_checkpoint or last_checkpoint(folder)
     if checkpoint is not None:
@@ -160,20 +167,21 @@ def _train(config: RunConfig, workspace: Workspace, adapters: Adapters, folder: 
     memory = PeakMemory(config.device)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = memory.read()
-    trainer.ledger.save(folder / "adapter")
+    ledger.save(folder / "adapter")
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    merges = [booster.step for booster in ledger.boosters if booster.step]  # 0: what the run started from
     return {
-        "merges": len(trainer.ledger.boosters),
-        "merge_steps": [booster.step for booster in trainer.ledger.boosters],
-        "boosters": len(trainer.ledger.boosters) + 1 if config.xgblora else 0,
+        "merges": len(merges),
+        "merge_steps": merges,
+        "boosters": len(ledger.boosters) + 1 if config.xgblora else 0,
         "steps": trainer.state.global_step,
-        "forward_passes": trainer.ledger.forward_passes,
-        "forward_sequences": trainer.ledger.forward_sequences,
-        "forward_tokens": trainer.ledger.forward_tokens,
+        "forward_passes": ledger.forward_passes,
+        "forward_sequences": ledger.forward_sequences,
+        "forward_tokens": ledger.forward_tokens,
         "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
         "training_seconds": sum(recorder.step_seconds),
         "peak_memory_mb": peak,
-        "trainable_parameters": adapters.size,
+        "trainable_parameters": ledger.adapters.size,
     }
 
 

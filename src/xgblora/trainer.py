@@ -44,7 +44,8 @@ class Trainer(transformers.Trainer):
 
     ``adapters`` come from :func:`xgblora.attach` on ``model``; the datasets are sequences of
     :class:`xgblora.Example`. ``objective`` maps (model, batch) to one loss an example; by default it is the
-    options' cross-entropy, or the language-model loss with ``args.train_as_classification = False``.
+    options' cross-entropy, or the language-model loss with ``args.train_as_classification = False``. ``ledger``: of
+    the same adapters, with the boosters to start from.
     The model always runs in eval mode: with dropout, the two probes of a direction would see different noise.
     Raises :class:`DivergedError` at a NaN or infinite loss, before the step is applied.
     """
@@ -61,6 +62,7 @@ class Trainer(transformers.Trainer):
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
         packed: bool | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         if args.trainer == "none":
             raise XgbloraError("--trainer none does not train: evaluate instead")
@@ -74,7 +76,7 @@ class Trainer(transformers.Trainer):
         if args.recipe == "boost" and objective is not None:
             raise XgbloraError("--recipe boost fits the options' or the language model's loss: it takes no objective")
         self.adapters = adapters
-        self.ledger = Ledger(adapters)
+        self.ledger = ledger or Ledger(adapters)
         self.classification = args.train_as_classification is not False
         self.objective = objective or (classification_loss if self.classification else language_model_loss)
         self.step_loss = float("nan")

@@ -1,7 +1,7 @@
 """What people look at: figures and tables of finished runs."""
 
 from xgblora.report.curves import Curves, read_curves
-from xgblora.report.figures import draw_eval, draw_loss, draw_merge_eval, draw_summary
+from xgblora.report.figures import draw_eval, draw_loss, draw_merge_eval, draw_stages, draw_summary
 from xgblora.report.table import results_table, summarise
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "draw_eval",
     "draw_loss",
     "draw_merge_eval",
+    "draw_stages",
     "draw_summary",
     "read_curves",
     "results_table",

@@ -1,6 +1,6 @@
 """The figures of a comparison, readable at first sight: one colour a method, thin lines for seeds, bold for means."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,36 +18,52 @@ STYLES = ("-", "--", "-.", ":")  # identical curves stay visible on top of each 
 
 def draw_loss(runs: Sequence[Curves], path: Path) -> None:
     """Training loss over steps: seeds thin, running mean over all seeds bold, merges as ticks on the axis."""
-    figure, axes = _canvas("Training loss", "step", "loss (mean of both probes, nats)", runs)
+    work, unit = _work(runs)
+    figure, axes = _canvas("Training loss", work, "loss (nats)", runs)
     for number, (label, group) in enumerate(_by_label(runs).items()):
         colour, style = COLOURS[number % 4], STYLES[number % 4]
         for run in group:
-            axes.plot(_column(run.loss, "step"), _column(run.loss, "loss"), color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(
+                unit(run) * _column(run.loss, "step"),
+                _column(run.loss, "loss"),
+                color=colour,
+                alpha=0.25,
+                linewidth=0.8,
+            )
         shared = min(len(run.loss) for run in group)
         if shared:
             mean = np.mean([_column(run.loss, "loss")[:shared] for run in group], axis=0)
             window = max(1, shared // 20)
             smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-            steps = _column(group[0].loss, "step")[window - 1 : shared]
+            steps = unit(group[0]) * _column(group[0].loss, "step")[window - 1 : shared]
             name = f"{label}, mean of {len(group)} seed(s)" + (f", running over {window} points" if window > 1 else "")
             axes.plot(steps, smooth, style, color=colour, linewidth=2.4, label=name)
         for run in group:
-            axes.plot(run.merges, [0.015] * len(run.merges), "|", color=colour, markersize=12, markeredgewidth=1.6,
-                      transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
+            axes.plot(unit(run) * np.array(run.merges), [0.015] * len(run.merges), "|", color=colour, markersize=12,
+                      markeredgewidth=1.6, transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
     _finish(figure, axes, path, merges=any(run.merges for run in runs))
 
 
 def draw_eval(runs: Sequence[Curves], path: Path) -> None:
     """Accuracy on the dev rows over steps, with merges marked; the dashed line is the model before training."""
-    figure, axes = _canvas("Accuracy on the development rows", "step", "accuracy (%)", runs)
+    work, unit = _work(runs)
+    figure, axes = _canvas("Accuracy on the development rows", work, "accuracy (%)", runs)
     for number, (label, group) in enumerate(_by_label(runs).items()):
+        colour = COLOURS[number % 4]
         for run in group:
-            axes.plot(_column(run.evals, "step"), 100 * _column(run.evals, "eval_accuracy"), "o-", markersize=3,
-                      color=COLOURS[number % 4], alpha=0.8, label=label if run is group[0] else None)  # fmt: skip
-            at_merge = [line for line in run.evals if line["merge"]]
-            axes.plot(_column(at_merge, "step"), 100 * _column(at_merge, "eval_accuracy"), "D", markersize=7,
-                      color=COLOURS[number % 4])  # fmt: skip
+            name = label if run is group[0] else None
+            work_done, accuracy = unit(run) * _column(run.evals, "step"), 100 * _column(run.evals, "eval_accuracy")
+            axes.plot(work_done, accuracy, "o-", markersize=3, color=colour, alpha=0.8, label=name)
+            merged = np.array([line["merge"] for line in run.evals], dtype=bool)
+            axes.plot(work_done[merged], accuracy[merged], "D", markersize=7, color=colour)
     _finish(figure, axes, path, merges=any(run.merges for run in runs), merge_marker="D")
+
+
+def _work(runs: Sequence[Curves]) -> tuple[str, Callable[[Curves], float]]:
+    """What to draw curves over, and how much of it a step is: steps, examples where steps differ in size."""
+    if len({run.metrics["forward_sequences"] / max(run.metrics["steps"], 1) for run in runs}) == 1:
+        return "step", lambda run: 1.0
+    return "examples forwarded", lambda run: run.metrics["forward_sequences"] / max(run.metrics["steps"], 1)
 
 
 def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
@@ -69,6 +85,23 @@ def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
+    _save(figure, path)
+
+
+def draw_stages(scores: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Accuracy and loss with the first 0, 1, ... boosters of one run, a line for each set of rows."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, place, factor, title in ((panels[0], 0, 100, "accuracy (%)"), (panels[1], 1, 1, "loss (nats)")):
+        for number, (rows, stages) in enumerate(scores.items()):
+            values = [factor * stage[place] for stage in stages]
+            axes.plot(
+                range(len(values)), values, "o" + STYLES[number % 4], color=COLOURS[number % 4], label=f"{rows} rows"
+            )
+        axes.set(title=f"{title.capitalize()} with the first boosters", xlabel="boosters", ylabel=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
     _save(figure, path)
 
 
