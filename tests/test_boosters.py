@@ -208,6 +208,19 @@ def test_other_adapters_are_refused(
         Ledger(attach(build(ARCHITECTURES["opt"]), **arguments)).load(tmp_path)
 
 
+def test_what_a_run_needs_to_go_on_is_saved(randomise: Callable[..., None], tmp_path: Path) -> None:
+    model = build(ARCHITECTURES["opt"])
+    _, ledger = with_boosters(model, randomise, 2)
+    ledger.step_length, ledger.forward_passes, ledger.forward_sequences, ledger.forward_tokens = 2.5, 3, 40, 500
+    ledger.evaluated(99, {"eval_loss": 0.25, "eval_accuracy": 0.75})
+    ledger.save(tmp_path)
+    model = build(ARCHITECTURES["opt"])
+    again = load_adapters(model, tmp_path)
+    for name in ("boosters", "evaluation", "step_length", "forward_passes", "forward_sequences", "forward_tokens"):
+        assert getattr(again, name) == getattr(ledger, name), name
+    assert again.evaluations() == {3: 0.25}
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_peft_lora_becomes_the_first_boosters(rslora: bool, tmp_path: Path) -> None:
     """Same logits as PEFT's; the layers it leaves out hold zeros; our pair trains after it."""

@@ -104,6 +104,10 @@ def test_gguf_holds_the_update_under_llama_cpps_names(run: tuple[Path, list[torc
         assert b.shape == (layer.out_features, 3)
         np.testing.assert_allclose(fields["adapter.lora.alpha"] / 3 * b @ a, (layer.scaling * B @ A).numpy(), rtol=1e-5)
 
+    layer = adapters.layers["model.layers.1.self_attn.q_proj"]
+    B = torch.cat([layer.booster_B, layer.lora_B.detach()], dim=1).numpy()
+    np.testing.assert_array_equal(tensors["blk.1.attn_q.weight.lora_b"], pair_rotary(B, 4))
+
 
 @pytest.mark.parametrize(("layer", "tensor", "heads"), [("q_proj", "attn_q", 9), ("k_proj", "attn_k", 3)])
 def test_rotary_rows_stand_in_ggufs_order(layer: str, tensor: str, heads: int) -> None:

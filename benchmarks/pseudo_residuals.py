@@ -1,0 +1,105 @@
+"""What one fitted booster knows before it is put into the model, and how the model follows it.
+
+    python benchmarks/pseudo_residuals.py [--seeds 0 1 2] [--json FILE]
+
+SmolLM2-135M in bfloat16 on Rotten Tomatoes. For several choices of layers and ridges, one booster is fitted on 1,000
+training rows; *predicted* is the accuracy and loss on 500 dev rows if the layers above passed the booster's output on
+unchanged (final hidden state plus f u); the dev rows are forwarded once for it. Then the recipe's booster (upper
+half, attention, ridge 3) is put into the model with several step lengths: *realised* accuracy and loss on the dev
+rows, the correlation over rows of the realised with the predicted change of the options' difference, and its slope
+(1 = passed on unchanged, per unit of step).
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xgblora import Example, LayerSubset, RunConfig, attach, evaluate
+from xgblora.inference_layout import inference_layout
+from xgblora.objectives import score_losses
+from xgblora.residual import Observed, Tail, TailLoss, _Forwards, _put, fit
+from xgblora.run import Workspace
+
+TARGETS = {"attention": ["o_proj"], "MLP": ["down_proj"], "attention and MLP": ["o_proj", "down_proj"]}
+LAYERS = {"upper half": 15, "all": 30}
+RIDGES = (0.3, 1.0, 3.0, 10.0)
+STEPS = (0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+def predicted(tail: Tail, seen: Observed, shift: Tensor, output: Tensor) -> Tensor:
+    """Option scores (rows, options) if final hidden states moved by ``shift`` along ``output``."""
+    loss = TailLoss(tail, seen, classification=True)
+    ((batch, _),) = loss.parts  # options of one token: one part
+    return tail.scores(seen.hidden + shift[:, None] * output, batch, False)
+
+
+def score(scores: Tensor, label: Tensor) -> tuple[float, float]:
+    """Accuracy and mean loss."""
+    return (scores.argmax(1) == label).float().mean().item(), score_losses(scores, label, True).mean().item()
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) -> list[dict[str, Any]]:
+    """All rows of the tables for one draw of training and dev rows."""
+    rows: list[dict[str, Any]] = []
+    label = torch.tensor([e.label for e in sorted(dev, key=lambda e: len(e.prompt))])
+    for kind, targets in TARGETS.items():
+        for where, count in LAYERS.items():
+            adapters = attach(model, 1, 1, targets, xgblora=True, layers=LayerSubset(count, "top"))
+            tail = Tail(model, packed=True)
+            with inference_layout(model):
+                forwards = _Forwards(adapters, True, True, None)
+                seen, held_out = forwards.observe(train), forwards.observe(dev)
+                loss = TailLoss(tail, seen, classification=True)
+                before = predicted(tail, held_out, torch.zeros(len(dev)), seen.hidden[0])
+                for ridge in RIDGES:
+                    learner = fit(seen, loss, ridge)
+                    pairs = zip(held_out.inputs, learner.inputs, strict=True)
+                    shift = torch.stack([x @ a for x, a in pairs]).sum(0)
+                    after = predicted(tail, held_out, shift, learner.output)
+                    accuracy, value = score(after, label)
+                    rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
+                    if (kind, where, ridge) != ("attention", "upper half", 3.0):
+                        continue
+                    wanted = (after - before).diff(dim=1)[:, 0]
+                    for step in STEPS:
+                        _put(adapters, learner, step)
+                        moved = predicted(tail, forwards.observe(dev), torch.zeros(len(dev)), learner.output) - before
+                        found = moved.diff(dim=1)[:, 0]
+                        real = evaluate(model, dev, True, 64)
+                        correlation = torch.corrcoef(torch.stack([wanted, found]))[0, 1].item()
+                        slope = ((wanted @ found) / (wanted @ wanted) / step).item()
+                        rows.append({"step": step, "accuracy": real.accuracy, "loss": real.loss})
+                        rows[-1] |= {"correlation": correlation, "slope": slope}
+            adapters.detach()
+    return rows
+
+
+def main() -> None:
+    """Measure with every seed and print means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    found = []
+    for seed in asked.seeds:
+        config = RunConfig(output_dir="unused", load_bfloat16=True, disable_tqdm=True, train_set_seed=seed, num_eval=1)
+        workspace = Workspace(config)
+        found.append(measure(workspace.model, workspace.train, workspace.dev))
+    for same in zip(*found, strict=True):
+        mean = {
+            name: sum(row[name] for row in same) / len(same) if isinstance(value, float) else value
+            for name, value in same[0].items()
+        }
+        print("  ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{v}" for n, v in mean.items()), flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
