@@ -459,6 +459,9 @@ def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: 
     assert metrics["eval_loss"] < metrics["zero_shot_loss"]
     ledger = json.loads((folder / "adapter" / "ledger.json").read_text(encoding="utf-8"))
     assert [booster["evaluation"] is not None for booster in ledger["boosters"]] == [True, True]
+    for booster in ledger["boosters"]:
+        assert set(booster["norms"]) <= {"model.decoder.layers.1.self_attn.out_proj"}  # the upper half of two layers
+    assert ledger["boosters"][0]["norms"]
 
     code, out, err = run("stages", folder)
     assert (code, err) == (0, "")
@@ -516,6 +519,7 @@ def test_what_boosting_cannot_do_is_one_line(
     assert code == 2
     assert err.count("\n") == 1
     assert says in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])

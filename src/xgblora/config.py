@@ -128,8 +128,10 @@ class RunConfig(TrainingArguments):
     xgblora_max_steps_per_adapter: int = HfArg(default=0, help="Adaptive merge: most steps of a booster; 0 = none.")
 
     xgblora_layers: int = HfArg(default=0, help="Layers in which each booster trains, chosen anew for it; 0 = all.")
-    xgblora_layer_choice: Literal["random", "top"] = HfArg(
-        default="random", help="Which ones: a random subset, or the top layers (then a step computes only these)."
+    xgblora_layer_choice: Literal["random", "top"] | None = HfArg(
+        default=None,
+        help="Which ones: a random subset (the default), or the top layers (that of recipe boost; then a step computes "
+        "only these).",
     )
 
     early_stopping_boosters: int = HfArg(
@@ -296,10 +298,10 @@ class RunConfig(TrainingArguments):
             ("recipe", ("classic", "boost")),
             ("trainer", ("zo", "regular", "none")),
             ("zo_directions", ("per_example", "shared")),
-            ("xgblora_layer_choice", ("random", "top")),
+            ("xgblora_layer_choice", (None, "random", "top")),
         ):
             if getattr(self, flag) not in choices:
-                refuse(flag, "one of " + ", ".join(choices))
+                refuse(flag, "one of " + ", ".join(choice for choice in choices if choice))
         if self.init_adapter and not self.xgblora:
             raise XgbloraError("--init_adapter starts from boosters, which --xgblora has: give both")
         if self.lora and self.xgblora:
@@ -341,6 +343,11 @@ class RunConfig(TrainingArguments):
     def method(self) -> Literal["lora", "xgblora"]:
         """The method; LoRA unless ``xgblora`` was asked for."""
         return "xgblora" if self.xgblora else "lora"
+
+    @property
+    def layer_choice(self) -> Literal["random", "top"]:
+        """Which layers a subset takes."""
+        return self.xgblora_layer_choice or ("top" if self.recipe == "boost" else "random")
 
     @property
     def rank(self) -> int:

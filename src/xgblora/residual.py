@@ -80,6 +80,19 @@ def residual_writers(model: PreTrainedModel) -> list[str]:
     return found
 
 
+def require_writers(adapters: Adapters) -> None:
+    """Raise :class:`XgbloraError` where ``adapters`` cannot hold fitted boosters."""
+    if adapters.rank != 1:
+        raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
+    width = adapters.model.config.get_text_config().hidden_size
+    for name, layer in adapters.layers.items():
+        if layer.out_features != width or name.rpartition(".")[2] in READERS:
+            raise XgbloraError(
+                f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
+                "--lora_target_modules"
+            )
+
+
 @torch.no_grad()
 def boost(
     adapters: Adapters,
@@ -105,15 +118,8 @@ def boost(
     if len(examples) - held < 2:
         raise XgbloraError(f"a booster is fitted on at least 3 examples, got {len(examples)}")
     forwards = _Forwards(adapters, classification, packed, lower_layers)
-    if adapters.rank != 1:
-        raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
+    require_writers(adapters)
     seen = forwards.observe(examples[:-held])
-    for name, layer in adapters.layers.items():
-        if layer.out_features != seen.hidden.shape[1] or name.rpartition(".")[2] in READERS:
-            raise XgbloraError(
-                f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
-                "--lora_target_modules"
-            )
     learner = fit(seen, TailLoss(tail, seen, classification), ridge)
     searched = list(_parts(examples[-held:], packed))
     losses: dict[float, float] = {}

@@ -20,7 +20,7 @@ from xgblora.files import write_json
 from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
-from xgblora.residual import residual_writers
+from xgblora.residual import require_writers, residual_writers
 from xgblora.tasks import encode, get_task, load_splits, sample
 from xgblora.trainer import Trainer, last_checkpoint
 
@@ -138,15 +138,22 @@ def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:
     boosted = config.recipe == "boost"
     # The upper half: what a prompt says is there (docs/experiments.md), and the lower half is computed only once.
     count = config.xgblora_layers or (-(-len(decoder_layers(model)) // 2) if boosted else 0)
-    return attach(
+    adapters = attach(
         model,
         rank=config.rank,
         alpha=config.lora_alpha,
         target_modules=config.lora_target_modules or (residual_writers(model) if boosted else None),
         seed=config.seed,
         xgblora=config.xgblora,
-        layers=LayerSubset(count, config.xgblora_layer_choice) if count else None,
+        layers=LayerSubset(count, config.layer_choice) if count else None,
     )
+    if boosted:
+        try:
+            require_writers(adapters)
+        except XgbloraError:
+            adapters.detach()
+            raise
+    return adapters
 
 
 def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path) -> dict[str, Any]:
