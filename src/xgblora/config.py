@@ -141,7 +141,7 @@ class RunConfig(TrainingArguments):
     boost_boosters: int = HfArg(default=4, help="Recipe boost: boosters of a run.")
     boost_examples: int = HfArg(default=1024, help="Recipe boost: training examples that each booster sees, at most.")
     boost_ridge: float = HfArg(
-        default=3.0, help="Recipe boost: ridge penalty of a fit; 0.3 to 10 is sensible, more for fewer examples."
+        default=3.0, help="Recipe boost: ridge penalty of a fit, without units; 1 to 10 is sensible."
     )
     boost_search_share: float = HfArg(
         default=0.125, help="Recipe boost: share of a booster's examples kept from its fit to find its step length."
