@@ -2,8 +2,8 @@
 
 import json
 import logging
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,8 +107,8 @@ def export(run: Path, config: ExportConfig) -> Path:
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when all is written and vanishes where something fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    work = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    work.mkdir(parents=True)
     try:
         yield work
         work.rename(folder)
