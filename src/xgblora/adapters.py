@@ -101,6 +101,10 @@ class AdaptedLinear(Opaque):
             result[part] = after
         return result.view(base.shape)
 
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """All boosters and, last, the pair in training as one: (K + r, in), (out, K + r)."""
+        return torch.cat([self.booster_A, self.lora_A]), torch.cat([self.booster_B, self.lora_B], dim=1)
+
     def _blocks(self) -> list[tuple[Tensor, Tensor]]:
         """All boosters and the pair, in blocks (BLOCK, in) and (out, BLOCK), the last one filled up with zeros.
 
@@ -108,10 +112,9 @@ class AdaptedLinear(Opaque):
         the last bit of an activation here and there, and a half-precision base makes that a visible difference.
         With equal shapes before and after, the new pair adds exact zeros and a merge is bit-identical.
         """
-        slots = self.booster_A.shape[0] + self.lora_A.shape[0]
-        empty = -slots % BLOCK
-        A = F.pad(torch.cat([self.booster_A, self.lora_A]), (0, 0, 0, empty))
-        B = F.pad(torch.cat([self.booster_B, self.lora_B], dim=1), (0, empty))
+        A, B = self.pairs()
+        empty = -len(A) % BLOCK
+        A, B = F.pad(A, (0, 0, 0, empty)), F.pad(B, (0, empty))
         return list(zip(A.split(BLOCK), B.split(BLOCK, dim=1), strict=True))
 
     def _stacked(self, x: Tensor, result: Tensor, stack: list[tuple[Tensor, Tensor]]) -> Tensor:

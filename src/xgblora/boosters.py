@@ -81,18 +81,21 @@ class Ledger:
 
     def merge(self, step: int, place: str, loss: float, schedule: str = "", reason: str = "") -> Booster:
         """Freeze the pair in training as the next booster and start a new one. The model's function stays."""
-        norms = {}
-        for name, layer in self.adapters.layers.items():
-            norm = layer.scaling * (layer.lora_A.norm() * layer.lora_B.norm()).item()  # of a rank-1 matrix
-            if norm:
-                norms[name] = norm
-        total = sum(norm**2 for norm in norms.values()) ** 0.5
-        booster = Booster(step, place, loss, total, norms, schedule, reason)
         self.adapters.freeze_pair()
+        booster = Booster(step, place, loss, *self._norms(len(self.boosters)), schedule, reason)
         self.boosters.append(booster)
         self.adapters.new_pair(len(self.boosters))
         self.best_pair = self.evaluation = None
         return booster
+
+    def _norms(self, number: int) -> tuple[float, dict[str, float]]:
+        """Norm of the update of frozen pair ``number``, and of its part in each layer where it is not zero."""
+        norms = {}
+        for name, layer in self.adapters.layers.items():
+            A, B = layer.booster_A[number], layer.booster_B[:, number]
+            if norm := layer.scaling * (A.norm() * B.norm()).item():  # of a rank-1 matrix
+                norms[name] = norm
+        return sum(norm**2 for norm in norms.values()) ** 0.5, norms
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Note the evaluation after ``step``: of the booster that was merged there, else of the pair in training."""
@@ -155,10 +158,8 @@ class Ledger:
         rank = self.adapters.boosters + self.adapters.rank
         tensors = {}
         for name, layer in self.adapters.layers.items():
-            A = torch.cat([layer.booster_A, layer.lora_A.detach()])
-            B = torch.cat([layer.booster_B, layer.lora_B.detach()], dim=1)
-            tensors[_key(name, "A")] = A.contiguous().cpu()
-            tensors[_key(name, "B")] = B.contiguous().cpu()
+            for matrix, rows in zip("AB", layer.pairs(), strict=True):
+                tensors[_key(name, matrix)] = rows.detach().contiguous().cpu()
         ours = self.adapters.peft_config
         peft_config = LoraConfig(
             r=rank,
@@ -257,15 +258,8 @@ def start_from(ledger: Ledger, folder: str | Path) -> int:
             "--lora_target_modules"
         )
     for number in range(rank):
-        norms = {
-            name: norm
-            for name, layer in ledger.adapters.layers.items()
-            if (norm := layer.scaling * (layer.booster_A[number].norm() * layer.booster_B[:, number].norm()).item())
-        }
-        total = sum(norm**2 for norm in norms.values()) ** 0.5
-        ledger.boosters.append(
-            Booster(0, "the start", None, total, norms, reason=f"rank {number + 1} of {folder.name}")
-        )
+        reason = f"rank {number + 1} of {folder.name}"
+        ledger.boosters.append(Booster(0, "the start", None, *ledger._norms(number), reason=reason))
     ledger.adapters.new_pair(rank)
     return rank
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from xgblora.inference_layout import inference_layout
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import context_length
 from xgblora.objectives import option_scores, score_losses
-from xgblora.packing import Example, build_batch, choose_route
+from xgblora.packing import Example, build_batch, choose_route, split_by_tokens
 from xgblora.tasks import Task, encode
 
 
@@ -108,17 +109,10 @@ def _evaluate(
 
 def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
     """Numbers of examples, shortest first, in batches of at most ``batch_size`` times the mean token count."""
-    tokens = [len(e.prompt) + sum(len(option) - 1 for option in e.options) for e in examples]
-    room = batch_size * sum(tokens) / len(tokens)
-    batch: list[int] = []
-    used = 0
-    for number in sorted(range(len(examples)), key=tokens.__getitem__):
-        if batch and used + tokens[number] > room:
-            yield batch
-            batch, used = [], 0
-        batch.append(number)
-        used += tokens[number]
-    yield batch
+    room = batch_size * sum(e.tokens for e in examples) / len(examples)
+    order = iter(sorted(range(len(examples)), key=lambda number: examples[number].tokens))
+    for group in split_by_tokens(sorted(examples, key=lambda e: e.tokens), room):
+        yield list(islice(order, len(group)))
 
 
 def predict(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) -> list[str]:

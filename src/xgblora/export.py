@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from gguf.tensor_mapping import get_tensor_name_map
 from peft import LoraConfig
-from torch import Tensor
 from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
 
-from xgblora.adapters import AdaptedLinear, Adapters
+from xgblora.adapters import Adapters
 from xgblora.boosters import LEDGER, load_adapters
 from xgblora.errors import XgbloraError
 from xgblora.files import write_atomically
@@ -137,7 +136,7 @@ def fold(adapters: Adapters, dtype: torch.dtype) -> float:
         weight = getattr(layer.base_layer, "weight", None)
         if weight is None or weight.dtype != torch.float32:
             raise XgbloraError(f"{name} has no float32 weight to fold into")
-        A, B = _pairs(layer)
+        A, B = layer.pairs()
         update = layer.scaling * (B @ A)
         update = update.T if isinstance(layer.base_layer, Conv1D) else update
         before = weight.to(dtype, copy=True).float()
@@ -169,7 +168,7 @@ def write_gguf(adapters: Adapters, file: Path) -> None:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapters.scaling * rank))
         for name, layer in adapters.layers.items():
-            A, B = (part.cpu().numpy() for part in _pairs(layer))
+            A, B = (part.detach().cpu().numpy() for part in layer.pairs())
             if not B.any():
                 continue
             target = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
@@ -192,8 +191,3 @@ def pair_rotary(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows (out, ...) in transformers' order, each head's first halves before its second, as llama.cpp's pairs."""
     width = rows.shape[0] // heads
     return rows.reshape(heads, 2, width // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _pairs(layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
-    """All boosters and the last pair: (K, in), (out, K)."""
-    return torch.cat([layer.booster_A, layer.lora_A.detach()]), torch.cat([layer.booster_B, layer.lora_B.detach()], 1)

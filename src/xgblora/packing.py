@@ -42,6 +42,11 @@ class Example:
     label: int
     score_prompt: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that are fed to the model: the prompt's, and those of each option but its last."""
+        return len(self.prompt) + sum(len(option) - 1 for option in self.options)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -142,6 +147,19 @@ class Batch:
             segments=self.segments * times,
             rows=self.rows * times,
         )
+
+
+def split_by_tokens(examples: Sequence[Example], room: float) -> Iterator[list[Example]]:
+    """Consecutive examples in groups of at most ``room`` tokens; a longer example is a group of its own."""
+    group: list[Example] = []
+    used = 0
+    for example in examples:
+        if group and used + example.tokens > room:
+            yield group
+            group, used = [], 0
+        group.append(example)
+        used += example.tokens
+    yield group
 
 
 def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:

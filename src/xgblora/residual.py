@@ -32,7 +32,7 @@ from xgblora.errors import XgbloraError
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import decoder_layers
 from xgblora.objectives import hidden_scores, option_scores, score_losses
-from xgblora.packing import Batch, Example, build_batch, read_hidden
+from xgblora.packing import Batch, Example, build_batch, read_hidden, split_by_tokens
 
 PART_TOKENS = 1024
 """Tokens of one forward."""
@@ -405,16 +405,7 @@ def _within(examples: Sequence[Example], reads: int) -> list[Example]:
 
 def _parts(examples: Sequence[Example], packed: bool) -> Iterator[Batch]:
     """Batches of consecutive examples of about PART_TOKENS tokens."""
-    part: list[Example] = []
-    tokens = 0
-    for example in examples:
-        own = len(example.prompt) + sum(len(option) - 1 for option in example.options)
-        if part and tokens + own > PART_TOKENS:
-            yield build_batch(part, packed)
-            part, tokens = [], 0
-        part.append(example)
-        tokens += own
-    yield build_batch(part, packed)
+    return (build_batch(group, packed) for group in split_by_tokens(examples, PART_TOKENS))
 
 
 def _put(adapters: Adapters, learner: Learner, step: float) -> None:
