@@ -505,6 +505,8 @@ def test_boost_beside_lora(run: Run, small: list[str], tmp_path: Path) -> None:
         ("compare --methods lora trees", "lora, xgblora, boost"),
         ("compare --methods lora lora", "different ones"),
         ("train --init_adapter somewhere", "--xgblora"),
+        ("compare --methods lora --init_adapter somewhere", "--xgblora"),
+        ("boost --init_adapter nowhere --output_root OUT", "no PEFT adapter"),
         ("train --xgblora --init_adapter nowhere --output_dir OUT", "no PEFT adapter"),
         ("train --recipe boost --lora_target_modules v_proj --output_dir OUT --max_steps 1", "residual stream"),
         ("stages", "say which run"),

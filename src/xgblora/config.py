@@ -302,7 +302,7 @@ class RunConfig(TrainingArguments):
         ):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choice for choice in choices if choice))
-        if self.init_adapter and not self.xgblora:
+        if self.init_adapter and not self.makes_boosters:
             raise XgbloraError("--init_adapter starts from boosters, which --xgblora has: give both")
         if self.lora and self.xgblora:
             raise XgbloraError("--lora and --xgblora are two methods: give one of them")
@@ -366,6 +366,11 @@ class RunConfig(TrainingArguments):
         if self.load_float16:
             return torch.float16
         return torch.bfloat16 if self.load_bfloat16 else torch.float32
+
+    @property
+    def makes_boosters(self) -> bool:
+        """Whether a run of this configuration has boosters."""
+        return self.xgblora
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as JSON values, the content of ``config.json``."""

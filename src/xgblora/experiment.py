@@ -56,6 +56,11 @@ class ExperimentConfig(RunConfig):
             raise XgbloraError(f"--methods must be different ones of {', '.join(known)}, got {' '.join(self.methods)}")
         super().__post_init__()
 
+    @property
+    def makes_boosters(self) -> bool:
+        """Whether any arm has boosters: those start from ``--init_adapter``, arms of LoRA do not."""
+        return set(self.methods) != {"lora"}
+
 
 @dataclass(frozen=True)
 class Result:
