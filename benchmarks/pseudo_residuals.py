@@ -4,14 +4,15 @@
 
 SmolLM2-135M in bfloat16 on Rotten Tomatoes. For several choices of layers and ridges, one booster is fitted on 1,000
 training rows; *predicted* is the accuracy and loss on 500 dev rows if the layers above passed the booster's output on
-unchanged (final hidden state plus f u); the dev rows are forwarded once for it. Then the recipe's booster (upper
-half, attention, ridge 3) is put into the model with several step lengths: *realised* accuracy and loss on the dev
-rows, the correlation over rows of the realised with the predicted change of the options' difference, and its slope
-(1 = passed on unchanged, per unit of step).
+unchanged (final hidden state plus f u); the dev rows are forwarded once for it. Then the recipe's booster (upper half,
+attention fitted and MLP turned down, ridge 3) is put into the model with several step lengths: *realised* accuracy and
+loss on the dev rows, the correlation over rows of the realised with the predicted change of the options' difference,
+and its slope (1 = passed on unchanged, per unit of step).
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from transformers import PreTrainedModel
 from xgblora import Example, LayerSubset, RunConfig, attach, evaluate
 from xgblora.inference_layout import inference_layout
 from xgblora.objectives import score_losses
-from xgblora.residual import Observed, Tail, TailLoss, _Forwards, _put, fit
+from xgblora.residual import Observed, Tail, TailLoss, _Forwards, _put, _quieted, fit, written_along
 from xgblora.run import Workspace
 
-TARGETS = {"attention": ["o_proj"], "MLP": ["down_proj"], "attention and MLP": ["o_proj", "down_proj"]}
+BOTH = ["o_proj", "down_proj"]
+TARGETS = {"attention": ["o_proj"], "MLP": ["down_proj"], "attention and MLP": BOTH, "attention, MLP turned down": BOTH}
+RECIPE = ("attention, MLP turned down", "upper half", 3.0)
 LAYERS = {"upper half": 15, "all": 30}
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 STEPS = (0.5, 1.0, 2.0, 3.0, 4.0)
@@ -56,15 +59,17 @@ def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) ->
                 forwards = _Forwards(adapters, True, True, None)
                 seen, held_out = forwards.observe(train), forwards.observe(dev)
                 loss = TailLoss(tail, seen, classification=True)
+                layers = _quieted(adapters) if kind == RECIPE[0] else [None] * len(adapters.slices)
+                own = [layer and partial(written_along, layer, dtype=model.dtype) for layer in layers]
                 before = predicted(tail, held_out, torch.zeros(len(dev)), seen.hidden[0])
                 for ridge in RIDGES:
-                    learner = fit(seen, loss, ridge)
+                    learner = fit(seen, loss, ridge, own)
                     pairs = zip(held_out.inputs, learner.inputs, strict=True)
                     shift = torch.stack([x @ a for x, a in pairs]).sum(0)
                     after = predicted(tail, held_out, shift, learner.output)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
-                    if (kind, where, ridge) != ("attention", "upper half", 3.0):
+                    if (kind, where, ridge) != RECIPE:
                         continue
                     wanted = (after - before).diff(dim=1)[:, 0]
                     for step in STEPS:

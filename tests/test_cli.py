@@ -449,7 +449,7 @@ def test_extra_args_reach_both_arms_and_may_not_contradict(run: Run, small: list
 def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: Path) -> None:
     """Train by the recipe, look at its stages, export a part, and start the next run from that part."""
     folder, part, second = tmp_path / "run", tmp_path / "part", tmp_path / "second"
-    boost = "train --recipe boost --boost_boosters 3".split()
+    boost = "train --recipe boost --boost_boosters 3 --boost_search_share 0.4".split()
     code, out, err = run(*boost, *small, "--eval_strategy", "steps", "--output_dir", folder)
     assert (code, err) == (0, "")
     assert "Recipe: boost" in out
@@ -459,8 +459,8 @@ def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: 
     assert metrics["eval_loss"] < metrics["zero_shot_loss"]
     ledger = json.loads((folder / "adapter" / "ledger.json").read_text(encoding="utf-8"))
     assert [booster["evaluation"] is not None for booster in ledger["boosters"]] == [True, True]
-    for booster in ledger["boosters"]:
-        assert set(booster["norms"]) <= {"model.decoder.layers.1.self_attn.out_proj"}  # the upper half of two layers
+    upper = {f"model.decoder.layers.1.{name}" for name in ("self_attn.out_proj", "fc2")}  # the upper half of two layers
+    assert all(set(booster["norms"]) <= upper for booster in ledger["boosters"])
     assert ledger["boosters"][0]["norms"]
 
     code, out, err = run("stages", folder)
@@ -473,7 +473,7 @@ def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: 
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
 
     assert run("export", folder, "--boosters", 2, "--output", part)[0] == 0
-    targets = ["--lora_target_modules", "out_proj"]
+    targets = ["--lora_target_modules", "out_proj", "fc2"]
     flags = ["--xgblora", "--max_steps", "2", "--init_adapter", part, "--output_dir", second]
     code, out, err = run("train", *flags, *targets, *small)
     assert (code, err) == (0, "")

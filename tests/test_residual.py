@@ -1,6 +1,7 @@
 """Boosters fitted to pseudo-residuals: the fit is the optimum it claims to be, and the model follows it."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,20 @@ from xgblora import LayerSubset, RunConfig, XgbloraError, attach, evaluate, load
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import decoder_layers
 from xgblora.objectives import option_scores
-from xgblora.packing import Example, build_batch, choose_route, read_hidden
-from xgblora.residual import Tail, TailLoss, _Forwards, _last_layer, _rows, boost, fit, line_search, residual_writers
+from xgblora.packing import Batch, Example, build_batch, choose_route, read_hidden
+from xgblora.residual import (
+    Tail,
+    TailLoss,
+    _Forwards,
+    _last_layer,
+    _quieted,
+    _rows,
+    boost,
+    fit,
+    line_search,
+    residual_writers,
+    written_along,
+)
 
 OPTIONS = {"single": [[5], [9]], "several": [[5], [9], [13]], "long": [[5, 6], [9], [13, 14, 15]]}
 BOOST: dict[str, Any] = {"recipe": "boost", "lora_target_modules": ["out_proj"], "layers": LayerSubset(1, "top")}
@@ -59,6 +72,52 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, classificati
             torch.testing.assert_close(a, -(x.T @ slopes) / spread**2 / weight, rtol=0.02, atol=1e-3 * a.abs().max())
 
 
+def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
+    """Their pairs are -gamma W^T u, and at the optimum the loss does not change with gamma."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
+    with torch.no_grad():
+        seen = _Forwards(adapters, True, True, None).observe(examples(60))
+        loss = TailLoss(Tail(model, True), seen, True)
+        own = [layer and partial(written_along, layer, dtype=torch.float32) for layer in _quieted(adapters)]
+        assert [write is None for write in own] == ["o_proj" in name for name in adapters.layers]
+        learner = fit(seen, loss, 1.0, own)
+        change = sum(x @ a for x, a in zip(seen.inputs, learner.inputs, strict=True))
+        torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
+        shares, opinion = [], torch.zeros(60)
+        for (layer, _, _), x, a, write in zip(adapters.slices, seen.inputs, learner.inputs, own, strict=True):
+            if write is not None:
+                along = layer.base_layer.weight.T @ learner.output
+                shares.append(-(a @ along) / (along @ along))
+                torch.testing.assert_close(a, -shares[-1] * along, rtol=1e-3, atol=1e-5)
+                opinion -= x @ along
+        assert len(shares) == 2
+        assert shares[0].item() == pytest.approx(shares[1].item(), rel=1e-3)
+        _, gradient = loss(seen.hidden + learner.change[:, None] * learner.output)
+        slopes = gradient @ learner.output
+        assert abs(slopes @ opinion) < 1e-3 * slopes.abs() @ opinion.abs()
+
+
+@pytest.mark.parametrize(("name", "writer"), [("opt", "fc2"), ("gpt2", "mlp.c_proj"), ("llama", "down_proj")])
+def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str) -> None:
+    model = build(ARCHITECTURES[name])
+    assert writer in residual_writers(model)
+    layer = next(iter(attach(model, 1, 16, [writer], xgblora=True).layers.values()))
+    output = torch.randn(layer.out_features, generator=torch.Generator().manual_seed(0))
+    weight = layer.base_layer.weight if name == "gpt2" else layer.base_layer.weight.T
+    if layer.base_layer.bias is not None:
+        layer.base_layer.bias.data.normal_()
+    with torch.no_grad():
+        torch.testing.assert_close(written_along(layer, output, torch.float32), weight @ output, rtol=1e-4, atol=1e-5)
+
+
+def test_mlp_layers_alone_are_fitted() -> None:
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["down_proj"], xgblora=True)
+    assert _quieted(adapters) == [None, None]
+    found = boost(adapters, examples(60), examples(20, seed=9), Tail(adapters.model, True))
+    assert found.after < found.before
+
+
 def test_a_larger_ridge_gives_a_shorter_learner() -> None:
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
@@ -77,7 +136,7 @@ def test_boosters_learn_what_the_first_token_tells(name: str) -> None:
     tail, held_out = Tail(model, packed), examples(100, seed=2)
     before = evaluate(model, held_out, packed, 64)
     for number in range(4):
-        found = boost(adapters, examples(300, seed=10 + number), tail, packed=packed)
+        found = boost(adapters, examples(260, seed=10 + number), examples(40, seed=20), tail, packed=packed)
         assert found.after <= found.before
         adapters.freeze_pair()
         adapters.new_pair(number + 1)
@@ -93,7 +152,8 @@ def test_three_options_take_boosters_in_several_directions() -> None:
     held_out = examples(150, OPTIONS["several"], seed=2)
     before = evaluate(model, held_out, True, 64)
     for number in range(6):
-        boost(adapters, examples(300, OPTIONS["several"], seed=10 + number), tail)
+        searched = examples(40, OPTIONS["several"], seed=20)
+        boost(adapters, examples(260, OPTIONS["several"], seed=10 + number), searched, tail)
         outputs.append(torch.nn.functional.normalize(adapters.slices[0][0].lora_B[:, 0].detach(), dim=0))
         adapters.freeze_pair()
         adapters.new_pair(number + 1)
@@ -108,7 +168,7 @@ def test_no_gradient_passes_through_a_decoder_layer() -> None:
     modes: set[bool] = set()
     for layer in decoder_layers(model).values():
         layer.register_forward_pre_hook(lambda *_: modes.add(torch.is_grad_enabled()))
-    boost(adapters, examples(40), Tail(model, True))
+    boost(adapters, examples(35), examples(5, seed=9), Tail(model, True))
     assert modes == {False}
     assert all(parameter.grad is None for parameter in adapters.parameters())
 
@@ -119,7 +179,7 @@ def test_what_was_forwarded_is_counted() -> None:
     tail, forwards = Tail(model, True), []
     model.base_model.register_forward_pre_hook(lambda *_: forwards.append(1))
     rows = [Example([20 + number % 2, 21, 22], [[5], [9]], number % 2) for number in range(40)]
-    found = boost(adapters, rows, tail)
+    found = boost(adapters, rows[:35], rows[35:], tail)
     evaluations = (found.sequences - 35) // 5
     assert found.sequences == 35 + 5 * evaluations
     assert found.passes == len(forwards) == 1 + evaluations
@@ -129,7 +189,8 @@ def test_what_was_forwarded_is_counted() -> None:
 def test_examples_that_all_look_alike_teach_nothing() -> None:
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
-    found = boost(adapters, [Example([20, 21, 22], [[5], [9]], number % 2) for number in range(40)], Tail(model, True))
+    rows = [Example([20, 21, 22], [[5], [9]], number % 2) for number in range(40)]
+    found = boost(adapters, rows[:35], rows[35:], Tail(model, True))
     assert found.step_length == 0
     assert found.after == found.before
     assert not any(layer.lora_B.any() for layer in adapters.layers.values())
@@ -140,7 +201,7 @@ def test_scaling_is_undone_and_shrinkage_is_not() -> None:
     for alpha, shrinkage in ((16, 1.0), (1, 1.0), (16, 0.5)):
         model = build(ARCHITECTURES["llama"])
         adapters = attach(model, 1, alpha, ["o_proj"], xgblora=True)
-        boost(adapters, examples(60), Tail(model, True), shrinkage=shrinkage)
+        boost(adapters, examples(50), examples(10, seed=9), Tail(model, True), shrinkage=shrinkage)
         layer = adapters.slices[0][0]
         updates.append(layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach())
     torch.testing.assert_close(updates[0], updates[1])
@@ -150,7 +211,7 @@ def test_scaling_is_undone_and_shrinkage_is_not() -> None:
 def test_layers_that_do_not_train_stay_zero() -> None:
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True, layers=LayerSubset(1, "top"))
-    boost(adapters, examples(60), Tail(model, True))
+    boost(adapters, examples(50), examples(10, seed=9), Tail(model, True))
     first, second = adapters.layers.values()
     assert not first.lora_B.any()
     assert second.lora_B.any()
@@ -162,7 +223,8 @@ def test_kept_activations_change_nothing_but_rounding() -> None:
         model = build(ARCHITECTURES["llama"])
         adapters = attach(model, 1, 16, ["o_proj"], xgblora=True, layers=LayerSubset(1, "top"))
         lower = LowerLayers(adapters, cache_bytes)
-        results = [boost(adapters, examples(60), Tail(model, True), lower_layers=lower).after for _ in range(2)]
+        rows = examples(50), examples(10, seed=9)
+        results = [boost(adapters, *rows, Tail(model, True), lower_layers=lower).after for _ in range(2)]
         assert bool(lower.used_bytes) == bool(cache_bytes)
         found.append(results)
     assert found[0] == pytest.approx(found[1], rel=1e-3)
@@ -194,14 +256,14 @@ def test_the_line_search_takes_no_step_uphill() -> None:
     [
         (["v_proj"], 1, 40, "residual stream"),
         (["o_proj"], 2, 40, "rank 1"),
-        (["o_proj"], 1, 2, "at least 3"),
+        (["o_proj"], 1, 1, "at least 2"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(targets: list[str], rank: int, count: int, says: str) -> None:
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, rank, 16, targets)
     with pytest.raises(XgbloraError, match=says):
-        boost(adapters, examples(count), Tail(model, True))
+        boost(adapters, examples(count), examples(5), Tail(model, True))
 
 
 def test_a_model_with_other_names_asks_for_targets() -> None:
@@ -219,6 +281,19 @@ def test_a_run_is_one_booster_a_step(tmp_path: Path, log_lines: LogLines) -> Non
     assert [booster.step for booster in trainer.ledger.boosters] == [1, 2]
     assert trainer.adapters.slices[0][0].lora_B.any()  # the third, which no merge follows
     assert losses[2] < losses[0]
+
+
+def test_no_booster_is_fitted_on_rows_that_find_step_lengths(tmp_path: Path) -> None:
+    """48 examples a booster, 6 of them for the search: the same 6 for all boosters, and never in a batch."""
+    rows = examples(64)
+    trainer, _ = train(tmp_path, rows=rows, **BOOST, boost_boosters=3, boost_examples=48)
+    held, fitted = {id(row) for row in trainer.searched}, {id(row) for row in trainer.train_dataset}
+    assert len(held) == 6
+    assert held.isdisjoint(fitted)
+    assert held | fitted == {id(row) for row in rows}
+    batches = [Batch(**batch).examples for batch in trainer.get_train_dataloader()]
+    assert [len(batch) for batch in batches] == [42, 16]
+    assert {id(row) for batch in batches for row in batch} == fitted
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ class RunConfig(TrainingArguments):
         default=3.0, help="Recipe boost: ridge penalty of a fit, without units; 1 to 10 is sensible."
     )
     boost_search_share: float = HfArg(
-        default=0.125, help="Recipe boost: share of a booster's examples kept from its fit to find its step length."
+        default=0.125,
+        help="Recipe boost: share of them that is never fitted and finds the step length of every booster.",
     )
     xgblora_shrinkage: float = HfArg(
         default=1.0, help="Factor of each booster once it is finished, in (0, 1]: smaller steps, more boosters."
@@ -202,7 +203,7 @@ class RunConfig(TrainingArguments):
             if self.lora:
                 raise XgbloraError("--recipe boost is a form of XGBLoRA: leave out --lora")
             self.xgblora = True
-            self.max_steps, self.per_device_train_batch_size = self.boost_boosters, self.boost_examples
+            self.max_steps, self.per_device_train_batch_size = self.boost_boosters, self.boost_fitted
             for flag in ("xgblora_steps_per_iteration", "logging_steps", "save_steps", "eval_steps"):
                 if flag != "eval_steps" or self.eval_steps is not None:
                     setattr(self, flag, 1)
@@ -368,6 +369,11 @@ class RunConfig(TrainingArguments):
         return torch.bfloat16 if self.load_bfloat16 else torch.float32
 
     @property
+    def boost_fitted(self) -> int:
+        """Recipe boost: examples that a booster is fitted on, at most."""
+        return self.boost_examples - max(1, round(self.boost_examples * self.boost_search_share))
+
+    @property
     def makes_boosters(self) -> bool:
         """Whether a run of this configuration has boosters."""
         return self.xgblora
@@ -480,7 +486,7 @@ def banner(config: RunConfig) -> list[str]:
         if config.recipe == "boost":
             body += [
                 "  Recipe: boost (pairs fitted to pseudo-residuals, forward passes only)",
-                f"  Boosters: {config.boost_boosters}, each fitted on up to {config.boost_examples} examples",
+                f"  Boosters: {config.boost_boosters}, each fitted on up to {config.boost_fitted} examples",
                 f"  Ridge: {config.boost_ridge:g}   share of examples for the step length: "
                 f"{config.boost_search_share:g}   shrinkage: {config.xgblora_shrinkage:g}",
             ]

@@ -11,7 +11,8 @@ gradient boosting, and forward passes are enough to fit it:
    gradient there is the pseudo-residual. The direction u is the first one of its reduced-rank ridge regression on the
    inputs (Izenman 1975);
 3. f minimises the loss of h_t + f_t u plus a ridge penalty on the a_m: kernel logistic regression, solved in the
-   examples' space;
+   examples' space. What the base itself says along u is mostly prejudice, written by its MLP layers: their pairs are
+   a_m = -gamma W_m^T u, which takes the share gamma of it away, and gamma is fitted with the rest, unpenalised;
 4. the layers above do change what passes through them (measured on SmolLM2: by a factor of 2, nearly the same for all
    examples), so the step length is found by forward passes over examples that the fit has not seen.
 
@@ -22,12 +23,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xgblora.adapters import Adapters
+from xgblora.adapters import AdaptedLinear, Adapters
 from xgblora.errors import XgbloraError
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import decoder_layers
@@ -40,8 +43,11 @@ PART_TOKENS = 1024
 MOST_READS = 2048
 """Predicting positions that one booster is fitted on at most: the fit takes time with the third power of them."""
 
-WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
+ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
 """How architectures call the layer that writes a block's attention to the residual stream."""
+
+MLP_WRITERS = ("down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h")
+"""How they call the layer that writes a block's MLP."""
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn", "c_fc", "query_key_value")
 """Layers inside a block, which may be as wide as the residual stream and yet do not write to it."""
@@ -66,18 +72,49 @@ class Boost:
 
 
 def residual_writers(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that write attention to the residual stream, as target modules.
+    """Names of the layers that write attention and, where they are known, MLPs to the residual stream, as targets.
 
-    Raises :class:`XgbloraError` for an architecture that calls them otherwise.
+    Raises :class:`XgbloraError` for an architecture that calls those of the attention otherwise.
     """
     names = [name for block in decoder_layers(model) for name, _ in model.get_submodule(block).named_modules()]
-    found = [writer for writer in WRITERS if any(name == writer or name.endswith("." + writer) for name in names)]
-    if not found:
+    found = [
+        [writer for writer in kind if any(map(_called(writer), names))] for kind in (ATTENTION_WRITERS, MLP_WRITERS)
+    ]
+    if not found[0]:
         raise XgbloraError(
             f"--recipe boost does not know which layers of {type(model).__name__} write to the residual stream: name "
             "them with --lora_target_modules"
         )
-    return found
+    return found[0] + found[1]
+
+
+def _called(writer: str) -> Callable[[str], bool]:
+    return lambda name: name == writer or name.endswith("." + writer)
+
+
+def _quieted(adapters: Adapters) -> list[AdaptedLinear | None]:
+    """For each layer that trains: itself where it is only turned down, None where it is fitted.
+
+    MLP layers are turned down, beside attention layers that are fitted; alone they are fitted themselves.
+    """
+    names = {layer: name for name, layer in adapters.layers.items()}
+    layers = [layer for layer, _, _ in adapters.slices]
+    quieted = [layer if any(_called(w)(names[layer]) for w in MLP_WRITERS) else None for layer in layers]
+    return quieted if None in quieted else [None] * len(quieted)
+
+
+def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs.
+
+    The layer is asked, not its weight, so that a quantised one answers, too.
+    """
+    width = layer.in_features
+    units = (
+        torch.eye(width, dtype=dtype, device=output.device)[start : start + PART_TOKENS]
+        for start in range(0, width, PART_TOKENS)
+    )
+    bias = layer.base_layer(torch.zeros(1, width, dtype=dtype, device=output.device)).float() @ output
+    return torch.cat([layer.base_layer(unit).float() @ output for unit in units]) - bias
 
 
 def require_writers(adapters: Adapters) -> None:
@@ -97,37 +134,40 @@ def require_writers(adapters: Adapters) -> None:
 def boost(
     adapters: Adapters,
     examples: Sequence[Example],
+    searched: Sequence[Example],
     tail: "Tail",
     *,
     classification: bool = True,
     packed: bool = True,
     ridge: float = 3.0,
-    search_share: float = 0.125,
     step_length: float = 1.0,
     shrinkage: float = 1.0,
     lower_layers: LowerLayers | None = None,
 ) -> Boost:
     """Fit the pair in training of ``adapters`` (rank 1) to the pseudo-residuals of ``examples``, in place.
 
-    The last ``search_share`` of the examples decide the step length, tried from ``step_length`` on; the others are
-    fitted. ``ridge``: see :func:`fit`. ``shrinkage`` multiplies the step at its end. Where no step lowers the loss,
-    the pair stays zero. Raises :class:`XgbloraError` where there are too few examples or an adapted layer does not
-    write to the residual stream.
+    ``searched``: examples that no booster was fitted on; they decide the step length, tried from ``step_length`` on.
+    ``ridge``: see :func:`fit`. ``shrinkage`` multiplies the step at its end. Where no step lowers the loss, the pair
+    stays zero. Raises :class:`XgbloraError` where there are too few examples or an adapted layer does not write to
+    the residual stream.
     """
-    held = max(1, round(len(examples) * search_share))
-    if len(examples) - held < 2:
-        raise XgbloraError(f"a booster is fitted on at least 3 examples, got {len(examples)}")
+    if len(examples) < 2 or not searched:
+        raise XgbloraError(
+            f"a booster is fitted on at least 2 examples and 1 finds its step length, got {len(examples)} and "
+            f"{len(searched)}"
+        )
     forwards = _Forwards(adapters, classification, packed, lower_layers)
     require_writers(adapters)
-    seen = forwards.observe(examples[:-held])
-    learner = fit(seen, TailLoss(tail, seen, classification), ridge)
-    searched = list(_parts(examples[-held:], packed))
+    seen = forwards.observe(examples)
+    own = [layer and partial(written_along, layer, dtype=adapters.model.dtype) for layer in _quieted(adapters)]
+    learner = fit(seen, TailLoss(tail, seen, classification), ridge, own)
+    batches = list(_parts(searched, packed))
     losses: dict[float, float] = {}
 
     def loss_at(step: float) -> float:
         if step not in losses:
             _put(adapters, learner, step)
-            losses[step] = forwards.mean_loss(searched)
+            losses[step] = forwards.mean_loss(batches)
         return losses[step]
 
     best = line_search(loss_at, step_length)
@@ -138,7 +178,7 @@ def boost(
         after=losses[best],
         step_length=best,
         passes=1 + len(losses),
-        sequences=sum(batch.segments for batch in seen.batches) + held * len(losses),
+        sequences=sum(batch.segments for batch in seen.batches) + len(searched) * len(losses),
         tokens=forwards.tokens,
     )
 
@@ -220,27 +260,34 @@ class TailLoss:
         return max(torch.cat(bends).mean().item(), torch.finfo(torch.float32).tiny)
 
 
-def fit(seen: Observed, loss: TailLoss, ridge: float) -> Learner:
+def fit(
+    seen: Observed, loss: TailLoss, ridge: float, own: Sequence[Callable[[Tensor], Tensor] | None] | None = None
+) -> Learner:
     """The weak learner that lowers the loss of final hidden states h_t + f_t u most, f_t = sum_m a_m . x_t^m.
 
     Inputs of a layer are divided by their mean distance from their mean, so that every layer counts alike; they keep
     their mean, which serves as the intercept. The penalty is ridge * variance * curvature / 2 * sum |a_m|^2, with the
     mean squared distance of the scaled inputs from their mean and the loss's second derivative along u: both make
     ``ridge`` a number without units.
+
+    ``own``: for each layer None, or what :func:`written_along` is of it. Such layers are turned down instead, all by
+    one share gamma that is not penalised: a_m = -gamma W_m^T u.
     """
+    own = own or [None] * len(seen.inputs)
     scales = []
     gram = seen.hidden.new_zeros(len(seen.hidden), len(seen.hidden), dtype=torch.float64)
     variance = 0.0
-    for x in seen.inputs:
+    for x, write in zip(seen.inputs, own, strict=True):
         centred = x - x.mean(0)
         spread = centred.norm(dim=1).mean()
         # A layer may see the same input in every example (the first one, at a prompt's last word): nothing to learn.
-        scale = 1 / spread if spread > 1e-5 * x.norm(dim=1).mean() else torch.zeros_like(spread)
-        scale = scale / len(seen.inputs) ** 0.5
-        scaled = x * scale
-        gram += (scaled @ scaled.T).double()
-        variance += (centred * scale).square().sum(1).mean().item()
+        flat = write is not None or spread <= 1e-5 * x.norm(dim=1).mean()
+        scale = torch.zeros_like(spread) if flat else 1 / spread / own.count(None) ** 0.5
         scales.append(scale)
+        if not flat:
+            scaled = x * scale
+            gram += (scaled @ scaled.T).double()
+            variance += (centred * scale).square().sum(1).mean().item()
     values, vectors = torch.linalg.eigh(gram)
     penalty = ridge * variance
     kept = values > max(1e-9 * values[-1].item(), 1e-12)
@@ -258,19 +305,30 @@ def fit(seen: Observed, loss: TailLoss, ridge: float) -> Learner:
     output = output if (uphill @ output).sum() <= 0 else -output
 
     root = (vectors * values.sqrt()).float()  # f = root @ b, and sum |a_m|^2 = |b|^2
-    weight = penalty * loss.curvature(seen.hidden, output)
+    weight = torch.full(root.shape[1:], penalty * loss.curvature(seen.hidden, output), device=root.device)
+    written = [None if write is None else write(output) for write in own]
+    opinion = sum(x @ w for x, w in zip(seen.inputs, written, strict=True) if w is not None)
+    unit = 0.0
+    if isinstance(opinion, Tensor) and opinion.any():
+        unit = (root.norm() / opinion.norm()).item()  # the column has the size of the others together
+        root, weight = torch.cat([root, -unit * opinion[:, None]], dim=1), F.pad(weight, (0, 1))
     b = nn.Parameter(torch.zeros(root.shape[1], device=root.device))
     optimizer = torch.optim.LBFGS([b], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         losses, gradient = loss(seen.hidden + (root @ b)[:, None] * output)
         b.grad = root.T @ (gradient @ output) + weight * b.detach()
-        return losses.sum() + 0.5 * weight * b.square().sum()
+        return losses.sum() + 0.5 * (weight * b.square()).sum()
 
     optimizer.step(closure)
-    dual = (vectors @ (b.detach().double() / values.sqrt())).float()
-    inputs = [scale**2 * (x.T @ dual) for x, scale in zip(seen.inputs, scales, strict=True)]
-    return Learner(output, inputs, root @ b.detach(), before)
+    found = b.detach()
+    gamma = unit * found[-1]
+    dual = (vectors @ (found[: len(values)].double() / values.sqrt())).float()
+    inputs = [
+        scale**2 * (x.T @ dual) if w is None else -gamma * w
+        for x, scale, w in zip(seen.inputs, scales, written, strict=True)
+    ]
+    return Learner(output, inputs, root @ found, before)
 
 
 def line_search(loss_at: Callable[[float], float], start: float, most: int = 8) -> float:

@@ -32,6 +32,7 @@ from xgblora.inference_layout import inference_layout, return_freed_memory
 from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
 from xgblora.packing import Batch, Example, build_batch, choose_route
+from xgblora.randomness import generator
 from xgblora.residual import Tail, boost
 from xgblora.schedule import Schedule, resolve
 from xgblora.zo import direction_generators, estimate_batch
@@ -82,6 +83,10 @@ class Trainer(transformers.Trainer):
         self.step_loss = float("nan")
         """Mean loss of the step in progress, over its micro-batches."""
         self._micro_batch = 0
+        self.searched: list[Example] = []
+        """Recipe boost: the rows that find every booster's step length; none is ever fitted on them."""
+        if args.recipe == "boost":
+            train_dataset, self.searched = _set_aside(train_dataset, args)
         super().__init__(
             model=model,
             args=args,
@@ -156,11 +161,11 @@ class Trainer(transformers.Trainer):
         found = boost(
             self.adapters,
             batch.examples,
+            self.searched,
             tail,
             classification=self.classification,
             packed=self.packed,
             ridge=args.boost_ridge,
-            search_share=args.boost_search_share,
             step_length=ledger.step_length,
             shrinkage=args.xgblora_shrinkage,
             lower_layers=self.lower_layers,
@@ -226,6 +231,17 @@ class _Collator:
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         return dict(vars(build_batch(examples, self.packed)))
+
+
+def _set_aside(rows: Sequence[Example], args: RunConfig) -> tuple[list[Example], list[Example]]:
+    """Recipe boost: the rows to fit boosters on, and those that find their step lengths.
+
+    Were the latter drawn anew for each booster, earlier ones would have been fitted on them, and the search would
+    take learning by heart for progress (docs/experiments.md).
+    """
+    count = max(1, round(min(len(rows), args.boost_examples) * args.boost_search_share))
+    order = torch.randperm(len(rows), generator=generator(args.seed, "search")).tolist()
+    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in order[:count]]
 
 
 class _Boosting(TrainerCallback):
