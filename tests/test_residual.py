@@ -26,6 +26,7 @@ from xgblora.residual import (
     fit,
     line_search,
     residual_writers,
+    shortest_as_good,
     written_along,
 )
 
@@ -135,8 +136,8 @@ def test_boosters_learn_what_the_first_token_tells(name: str) -> None:
     adapters = attach(model, 1, 16, residual_writers(model), xgblora=True)
     tail, held_out = Tail(model, packed), examples(100, seed=2)
     before = evaluate(model, held_out, packed, 64)
-    for number in range(4):
-        found = boost(adapters, examples(260, seed=10 + number), examples(40, seed=20), tail, packed=packed)
+    for number in range(6):
+        found = boost(adapters, examples(260, seed=10 + number), examples(100, seed=20), tail, packed=packed)
         assert found.after <= found.before
         adapters.freeze_pair()
         adapters.new_pair(number + 1)
@@ -151,8 +152,8 @@ def test_three_options_take_boosters_in_several_directions() -> None:
     tail, outputs = Tail(model, True), []
     held_out = examples(150, OPTIONS["several"], seed=2)
     before = evaluate(model, held_out, True, 64)
-    for number in range(6):
-        searched = examples(40, OPTIONS["several"], seed=20)
+    for number in range(8):
+        searched = examples(100, OPTIONS["several"], seed=20)
         boost(adapters, examples(260, OPTIONS["several"], seed=10 + number), searched, tail)
         outputs.append(torch.nn.functional.normalize(adapters.slices[0][0].lora_B[:, 0].detach(), dim=0))
         adapters.freeze_pair()
@@ -249,6 +250,19 @@ def test_the_line_search_takes_no_step_uphill() -> None:
 
     assert line_search(loss_at, 1.0) == 0.0
     assert len(calls) <= 9
+
+
+def test_a_shorter_step_is_taken_where_the_longer_one_is_better_by_chance() -> None:
+    """Paired over examples: steps 1 and 2 differ from 3 by 0.01 with spreads of 0.2 and of 0.001."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(100, generator=draw, dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    best = torch.rand(100, generator=draw, dtype=torch.float64)
+    losses = {0.0: best + 0.001 * noise, 1.0: best + 0.01 + 0.001 * noise, 2.0: best + 0.01 + 0.2 * noise, 3.0: best}
+    assert shortest_as_good(losses, 3.0) == 2.0
+    assert shortest_as_good(losses, 1.0) == 1.0
+    assert shortest_as_good(losses | {4.0: best}, 3.0) == 2.0
+    assert shortest_as_good(losses, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(

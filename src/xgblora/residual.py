@@ -14,7 +14,8 @@ gradient boosting, and forward passes are enough to fit it:
    examples' space. What the base itself says along u is mostly prejudice, written by its MLP layers: their pairs are
    a_m = -gamma W_m^T u, which takes the share gamma of it away, and gamma is fitted with the rest, unpenalised;
 4. the layers above do change what passes through them (measured on SmolLM2: by a factor of 2, nearly the same for all
-   examples), so the step length is found by forward passes over examples that the fit has not seen.
+   examples), so the step length is found by forward passes over examples that no fit has seen: the shortest that is
+   as good as the best within a standard error.
 
 Nothing is propagated back through the model's layers, and no direction is random.
 """
@@ -162,21 +163,21 @@ def boost(
     own = [layer and partial(written_along, layer, dtype=adapters.model.dtype) for layer in _quieted(adapters)]
     learner = fit(seen, TailLoss(tail, seen, classification), ridge, own)
     batches = list(_parts(searched, packed))
-    losses: dict[float, float] = {}
+    losses: dict[float, Tensor] = {}
 
     def loss_at(step: float) -> float:
         if step not in losses:
             _put(adapters, learner, step)
-            losses[step] = forwards.mean_loss(batches)
-        return losses[step]
+            losses[step] = forwards.losses(batches)
+        return losses[step].mean().item()
 
-    best = line_search(loss_at, step_length)
-    _put(adapters, learner, best * shrinkage)
+    chosen = shortest_as_good(losses, line_search(loss_at, step_length))
+    _put(adapters, learner, chosen * shrinkage)
     return Boost(
         loss=learner.loss,
-        before=losses[0.0],
-        after=losses[best],
-        step_length=best,
+        before=losses[0.0].mean().item(),
+        after=losses[chosen].mean().item(),
+        step_length=chosen,
         passes=1 + len(losses),
         sequences=sum(batch.segments for batch in seen.batches) + len(searched) * len(losses),
         tokens=forwards.tokens,
@@ -355,6 +356,20 @@ def line_search(loss_at: Callable[[float], float], start: float, most: int = 8) 
     return min(tried, key=tried.__getitem__)
 
 
+def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:
+    """The shortest step above 0 whose loss is within a standard error of the best step's, paired by example.
+
+    ``losses``: (examples,) for each step tried. The one-standard-error rule (Breiman et al. 1984, "Classification and
+    regression trees"): with few examples the lowest mean is mostly a lucky one, and what a step leaves undone is the
+    next booster's. 0 stays 0.
+    """
+    for step in sorted(losses):
+        more = losses[step] - losses[best]
+        if 0 < step <= best and more.mean() <= more.std(correction=0) / len(more) ** 0.5:
+            return step
+    return best
+
+
 class Tail(nn.Module):
     """What a model does between its last decoder layer and its head: a norm, in some also a projection; in float32."""
 
@@ -434,14 +449,14 @@ class _Forwards:
             batches.append(batch)
         return Observed(batches, [torch.cat(rows) for rows in inputs], torch.cat(hidden))
 
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over the examples of ``batches``."""
+    def losses(self, batches: Sequence[Batch]) -> Tensor:
+        """Losses of the examples of ``batches``, (examples,) float64."""
         losses = []
         for batch in batches:
             with self._ready(batch.to(self.adapters.device)) as filled:
                 scores = option_scores(self.adapters.model, filled, normalised=not self.classification)
                 losses.append(score_losses(scores, filled.label, self.classification))
-        return torch.cat(losses).double().mean().item()
+        return torch.cat(losses).double()
 
 
 def _rows(activation: Tensor, batch: Batch) -> Tensor:
