@@ -100,7 +100,8 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
 
 
 @pytest.mark.parametrize(("name", "writer"), [("opt", "fc2"), ("gpt2", "mlp.c_proj"), ("llama", "down_proj")])
-def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str) -> None:
+def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgblora.residual.PART_TOKENS", 20)  # so that the inputs come in parts
     model = build(ARCHITECTURES[name])
     assert writer in residual_writers(model)
     layer = next(iter(attach(model, 1, 16, [writer], xgblora=True).layers.values()))

@@ -110,12 +110,13 @@ def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> T
     The layer is asked, not its weight, so that a quantised one answers, too.
     """
     width = layer.in_features
-    units = (
-        torch.eye(width, dtype=dtype, device=output.device)[start : start + PART_TOKENS]
-        for start in range(0, width, PART_TOKENS)
-    )
-    bias = layer.base_layer(torch.zeros(1, width, dtype=dtype, device=output.device)).float() @ output
-    return torch.cat([layer.base_layer(unit).float() @ output for unit in units]) - bias
+    units = torch.zeros(min(width, PART_TOKENS), width, dtype=dtype, device=output.device)
+    bias = layer.base_layer(units[:1]).float() @ output
+    found = []
+    for part in torch.arange(width, device=output.device).split(len(units)):
+        rows = units[: len(part)].zero_().scatter_(1, part[:, None], 1)
+        found.append(layer.base_layer(rows).float() @ output)
+    return torch.cat(found) - bias
 
 
 def require_writers(adapters: Adapters) -> None:
