@@ -1,4 +1,4 @@
-"""Methods against each other at equal work: 500 two-sided steps of 16 examples, or what takes as many forwards.
+"""Methods against each other within the work of 500 two-sided steps of 16 examples, counted in tokens forwarded.
 
     python benchmarks/boosting.py [--tasks RottenTomatoes IMDB60 DebianSections] [--methods boost zo_lora_r1 ...]
                                   [--seeds 0 1 2 3 4] [--output_root runs/boosting]
@@ -12,7 +12,6 @@ also the mean over them.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> dict[str, np.nd
             f"{row['peak_memory_mb']:,.0f}",
         )
     Console(width=150).print(table)
-    write_json(runs.root / "results.json", json.loads(json.dumps(rows)))
+    write_json(runs.root / "results.json", rows)
     return accuracies
 
 

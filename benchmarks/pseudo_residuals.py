@@ -12,7 +12,6 @@ and its slope (1 = passed on unchanged, per unit of step).
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from xgblora import Example, LayerSubset, RunConfig, attach, evaluate
 from xgblora.inference_layout import inference_layout
 from xgblora.objectives import score_losses
-from xgblora.residual import Observed, Tail, TailLoss, _Forwards, _put, _quieted, fit, written_along
+from xgblora.residual import Observed, Tail, TailLoss, _Forwards, _put, fit, turned_down
 from xgblora.run import Workspace
 
 BOTH = ["o_proj", "down_proj"]
@@ -59,8 +58,7 @@ def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) ->
                 forwards = _Forwards(adapters, True, True, None)
                 seen, held_out = forwards.observe(train), forwards.observe(dev)
                 loss = TailLoss(tail, seen, classification=True)
-                layers = _quieted(adapters) if kind == RECIPE[0] else [None] * len(adapters.slices)
-                own = [layer and partial(written_along, layer, dtype=model.dtype) for layer in layers]
+                own = turned_down(adapters) if kind == RECIPE[0] else None
                 before = predicted(tail, held_out, torch.zeros(len(dev)), seen.hidden[0])
                 for ridge in RIDGES:
                     learner = fit(seen, loss, ridge, own)

@@ -1,7 +1,6 @@
 """Boosters fitted to pseudo-residuals: the fit is the optimum it claims to be, and the model follows it."""
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from xgblora.residual import (
     TailLoss,
     _Forwards,
     _last_layer,
-    _quieted,
     _rows,
     boost,
     fit,
     line_search,
     residual_writers,
     shortest_as_good,
+    turned_down,
     written_along,
 )
 
@@ -80,7 +79,7 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
     with torch.no_grad():
         seen = _Forwards(adapters, True, True, None).observe(examples(60))
         loss = TailLoss(Tail(model, True), seen, True)
-        own = [layer and partial(written_along, layer, dtype=torch.float32) for layer in _quieted(adapters)]
+        own = turned_down(adapters)
         assert [write is None for write in own] == ["o_proj" in name for name in adapters.layers]
         learner = fit(seen, loss, 1.0, own)
         change = sum(x @ a for x, a in zip(seen.inputs, learner.inputs, strict=True))
@@ -115,7 +114,7 @@ def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str, monke
 
 def test_mlp_layers_alone_are_fitted() -> None:
     adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["down_proj"], xgblora=True)
-    assert _quieted(adapters) == [None, None]
+    assert turned_down(adapters) == [None, None]
     found = boost(adapters, examples(60), examples(20, seed=9), Tail(adapters.model, True))
     assert found.after < found.before
 

@@ -78,30 +78,35 @@ def residual_writers(model: PreTrainedModel) -> list[str]:
     Raises :class:`XgbloraError` for an architecture that calls those of the attention otherwise.
     """
     names = [name for block in decoder_layers(model) for name, _ in model.get_submodule(block).named_modules()]
-    found = [
-        [writer for writer in kind if any(map(_called(writer), names))] for kind in (ATTENTION_WRITERS, MLP_WRITERS)
-    ]
-    if not found[0]:
+    attention, mlp = (
+        [writer for writer in writers if any(_is_called(name, writer) for name in names)]
+        for writers in (ATTENTION_WRITERS, MLP_WRITERS)
+    )
+    if not attention:
         raise XgbloraError(
             f"--recipe boost does not know which layers of {type(model).__name__} write to the residual stream: name "
             "them with --lora_target_modules"
         )
-    return found[0] + found[1]
+    return attention + mlp
 
 
-def _called(writer: str) -> Callable[[str], bool]:
-    return lambda name: name == writer or name.endswith("." + writer)
+def _is_called(name: str, writer: str) -> bool:
+    return name == writer or name.endswith("." + writer)
 
 
-def _quieted(adapters: Adapters) -> list[AdaptedLinear | None]:
-    """For each layer that trains: itself where it is only turned down, None where it is fitted.
+def turned_down(adapters: Adapters) -> list[Callable[[Tensor], Tensor] | None]:
+    """For each layer that trains: :func:`written_along` of it where it is only turned down, None where it is fitted.
 
     MLP layers are turned down, beside attention layers that are fitted; alone they are fitted themselves.
     """
     names = {layer: name for name, layer in adapters.layers.items()}
-    layers = [layer for layer, _, _ in adapters.slices]
-    quieted = [layer if any(_called(w)(names[layer]) for w in MLP_WRITERS) else None for layer in layers]
-    return quieted if None in quieted else [None] * len(quieted)
+    own: list[Callable[[Tensor], Tensor] | None] = [
+        partial(written_along, layer, dtype=adapters.model.dtype)
+        if any(_is_called(names[layer], writer) for writer in MLP_WRITERS)
+        else None
+        for layer, _, _ in adapters.slices
+    ]
+    return own if None in own else [None] * len(own)
 
 
 def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,8 +166,7 @@ def boost(
     forwards = _Forwards(adapters, classification, packed, lower_layers)
     require_writers(adapters)
     seen = forwards.observe(examples)
-    own = [layer and partial(written_along, layer, dtype=adapters.model.dtype) for layer in _quieted(adapters)]
-    learner = fit(seen, TailLoss(tail, seen, classification), ridge, own)
+    learner = fit(seen, TailLoss(tail, seen, classification), ridge, turned_down(adapters))
     batches = list(_parts(searched, packed))
     losses: dict[float, Tensor] = {}
 
@@ -272,8 +276,8 @@ def fit(
     mean squared distance of the scaled inputs from their mean and the loss's second derivative along u: both make
     ``ridge`` a number without units.
 
-    ``own``: for each layer None, or what :func:`written_along` is of it. Such layers are turned down instead, all by
-    one share gamma that is not penalised: a_m = -gamma W_m^T u.
+    ``own``: what :func:`turned_down` says of each layer. Layers that it names are turned down instead, all by one share
+    gamma that is not penalised: a_m = -gamma W_m^T u.
     """
     own = own or [None] * len(seen.inputs)
     scales = []
@@ -309,9 +313,12 @@ def fit(
     root = (vectors * values.sqrt()).float()  # f = root @ b, and sum |a_m|^2 = |b|^2
     weight = torch.full(root.shape[1:], penalty * loss.curvature(seen.hidden, output), device=root.device)
     written = [None if write is None else write(output) for write in own]
-    opinion = sum(x @ w for x, w in zip(seen.inputs, written, strict=True) if w is not None)
+    opinion = torch.zeros_like(seen.hidden[:, 0])
+    for x, w in zip(seen.inputs, written, strict=True):
+        if w is not None:
+            opinion += x @ w
     unit = 0.0
-    if isinstance(opinion, Tensor) and opinion.any():
+    if opinion.any():
         unit = (root.norm() / opinion.norm()).item()  # the column has the size of the others together
         root, weight = torch.cat([root, -unit * opinion[:, None]], dim=1), F.pad(weight, (0, 1))
     b = nn.Parameter(torch.zeros(root.shape[1], device=root.device))
