@@ -8,7 +8,7 @@ dev rows, the same ones for all methods. The learning rate (for boost: the ridge
 one of its three trials with the lowest dev loss at the first seed; test rows choose nothing. Finished runs are kept,
 so the same command goes on where it was stopped. Written: ``results.json`` for each task, and a table on the console
 with the mean over seeds, the difference to boost paired by seed, and its 95 % bootstrap interval; with several tasks,
-also the mean over them.
+also the mean over them; and ``accuracy.png``.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from more_tasks import TASKS
 from rich.console import Console
 from rich.table import Table
@@ -40,11 +41,16 @@ ADAM = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
 MEZO = {"lora": True, "zo_directions": "shared", "zo_eps": 1e-2}  # SGD at a constant rate, as in arXiv 2305.17333
 # Backpropagation has learned 1,000 rows after 200 steps; its dev loss only rises from there on (docs/experiments.md).
 BACKPROP = {"trainer": "regular", "eval_steps": 50, "max_steps": 200} | ADAM
+RIDGES = (0.3, 1.0, 3.0)
 SGD_RATES, ZO_RATES, BACKPROP_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 6e-3), (2e-4, 5e-4, 1e-3)
 
 METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "boost": ({"recipe": "boost", "eval_strategy": "steps"}, "boost_ridge", (1.0, 3.0, 10.0)),
-    "boost_256": ({"recipe": "boost", "boost_boosters": 1, "boost_examples": 256}, "boost_ridge", (1.0, 3.0, 10.0)),
+    "boost": ({"recipe": "boost", "eval_strategy": "steps"}, "boost_ridge", RIDGES),
+    "boost_128": (
+        {"recipe": "boost", "boost_boosters": 2, "boost_examples": 128, "boost_teacher_examples": 112},
+        "boost_ridge",
+        RIDGES,
+    ),
     "mezo_lora_r1": (MEZO | {"lora_r": 1, "lora_alpha": 2}, "learning_rate", SGD_RATES),
     "mezo_lora_r8": (MEZO | {"lora_r": 8, "lora_alpha": 16}, "learning_rate", SGD_RATES),
     "zo_lora_r1": (ADAM | {"lora": True, "lora_r": 1, "zo_eps": 1e-2}, "learning_rate", ZO_RATES),
@@ -57,12 +63,25 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "backprop_lora_r5": (BACKPROP | {"lora": True, "lora_r": 5, "lora_alpha": 80}, "learning_rate", BACKPROP_RATES),
     "backprop_lora_r8": (BACKPROP | {"lora": True, "lora_r": 8, "lora_alpha": 128}, "learning_rate", BACKPROP_RATES),
     "backprop_xgblora": (
-        BACKPROP | {"xgblora": True, "xgblora_steps_per_iteration": 100},
+        BACKPROP | {"xgblora": True, "xgblora_steps_per_iteration": 40},
         "learning_rate",
         BACKPROP_RATES,
     ),
 }
 """Flags, what is tuned, and its trials. Ranks above 1 keep the scaling of rank 1."""
+
+LABELS = {
+    "boost": "recipe boost",
+    "boost_128": "recipe boost, two boosters\nof 128 examples",
+    "mezo_lora_r1": "MeZO-LoRA r = 1",
+    "mezo_lora_r8": "MeZO-LoRA r = 8",
+    "zo_lora_r1": "zeroth-order LoRA r = 1,\ndirections per example",
+    "zo_xgblora": "zeroth-order XGBLoRA",
+    "backprop_lora_r1": "backprop LoRA r = 1",
+    "backprop_lora_r5": "backprop LoRA r = 5",
+    "backprop_lora_r8": "backprop LoRA r = 8",
+    "backprop_xgblora": "backprop XGBLoRA, 5 boosters",
+}
 
 
 class Runs:
@@ -103,8 +122,8 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(runs: Runs, methods: list[str], seeds: list[int]) -> dict[str, np.ndarray]:
-    """Run what is missing of one task, print and write the comparison; returns test accuracies in %, by seed."""
+def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:
+    """Run what is missing of one task, print and write the comparison; returns a row for each method."""
     chosen = {method: runs.tuned(method, seeds[0]) for method in methods}
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for seed in seeds:
@@ -118,6 +137,7 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> dict[str, np.nd
         for name in ("dev_accuracy", "eval_loss", "forward_sequences", "forward_tokens", "training_seconds"):
             row[name] = float(np.mean([metrics[name] for metrics in group]))
         row["peak_memory_mb"] = float(np.max([metrics["peak_memory_mb"] for metrics in group]))
+        row["zero_shot"] = 100 * float(np.mean([metrics["zero_shot_accuracy"] for metrics in group]))
         rows.append(row)
     table = _table(f"{runs.task}, {found[methods[0]][0]['rows']['evaluation']:,} test rows, {len(seeds)} seeds")
     for title in ("tuned", "dev %", "test loss", "sequences", "tokens", "train s", "peak MB"):
@@ -131,7 +151,7 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> dict[str, np.nd
         )
     Console(width=150).print(table)
     write_json(runs.root / "results.json", rows)
-    return accuracies
+    return rows
 
 
 def difference(accuracies: dict[str, np.ndarray], method: str) -> dict[str, Any]:
@@ -157,6 +177,27 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["method"], f"{accuracy.mean():.1f} ± {spread:.1f}", against
 
 
+def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Test accuracy of every method: a bar for the mean, a dot for each seed; a panel for each task."""
+    figure = Figure(figsize=(5 + 4 * len(tables), 1.6 + 0.45 * len(METHODS)), layout="constrained")
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for axes, (task, rows) in zip(panels, tables.items(), strict=True):
+        for row in rows:
+            name, mean = LABELS[row["method"]], np.mean(row["test"])
+            colour = "#D55E00" if "boost" in row["method"] else "#999999" if "backprop" in row["method"] else "#0072B2"
+            axes.barh(name, mean, color=colour, height=0.65)
+            axes.plot(row["test"], [name] * len(row["test"]), "o", color="black", markersize=3)
+            axes.annotate(
+                f"{mean:.1f} %, {row['forward_sequences']:,.0f} examples", (2, name), color="white", va="center"
+            )
+        zero_shot = rows[0]["zero_shot"]
+        axes.axvline(zero_shot, color="black", linestyle="--", linewidth=1, label=f"zero-shot {zero_shot:.1f} %")
+        axes.set(title=task, xlabel="test accuracy (%)", xlim=(0, 100))
+        axes.legend(loc="upper right", fontsize="small")
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Run what is missing, then print and write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,9 +207,15 @@ def main() -> None:
     parser.add_argument("--output_root", type=Path, default=Path("runs/boosting"))
     parser.add_argument("--steps", type=int, default=STEPS, help="Steps of the methods that take steps.")
     asked = parser.parse_args()
-    by_task = [compare(Runs(asked.output_root, task, asked.steps), asked.methods, asked.seeds) for task in asked.tasks]
-    if len(by_task) > 1:
-        means = {method: np.mean([found[method] for found in by_task], axis=0) for method in asked.methods}
+    tables = {
+        task: compare(Runs(asked.output_root, task, asked.steps), asked.methods, asked.seeds) for task in asked.tasks
+    }
+    draw(tables, asked.output_root / "accuracy.png")
+    if len(tables) > 1:
+        means = {
+            rows[0]["method"]: np.mean([row["test"] for row in rows], axis=0)
+            for rows in zip(*tables.values(), strict=True)
+        }
         table = _table(f"Mean over {', '.join(asked.tasks)}; {len(asked.seeds)} seeds")
         for method, accuracy in means.items():
             table.add_row(*_cells({"method": method, "test": accuracy} | difference(means, method)))

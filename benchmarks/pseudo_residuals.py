@@ -22,7 +22,11 @@ from transformers import PreTrainedModel
 from xgblora import Example, LayerSubset, RunConfig, attach, evaluate
 from xgblora.inference_layout import inference_layout
 from xgblora.objectives import score_losses
-from xgblora.residual import Observed, Tail, TailLoss, _Forwards, _put, fit, turned_down
+from xgblora.residual import Tail
+from xgblora.residual.activations import Forwards, Observed, TailLoss
+from xgblora.residual.boost import MOST_READS, put
+from xgblora.residual.fit import fit
+from xgblora.residual.writers import turned_down
 from xgblora.run import Workspace
 
 BOTH = ["o_proj", "down_proj"]
@@ -33,11 +37,11 @@ RIDGES = (0.3, 1.0, 3.0, 10.0)
 STEPS = (0.5, 1.0, 2.0, 3.0, 4.0)
 
 
-def predicted(tail: Tail, seen: Observed, shift: Tensor, output: Tensor) -> Tensor:
-    """Option scores (rows, options) if final hidden states moved by ``shift`` along ``output``."""
+def predicted(tail: Tail, seen: Observed, shift: Tensor | float = 0.0) -> Tensor:
+    """Option scores (rows, options) if final hidden states moved by ``shift`` (rows, hidden)."""
     loss = TailLoss(tail, seen, classification=True)
     ((batch, _),) = loss.parts  # options of one token: one part
-    return tail.scores(seen.hidden + shift[:, None] * output, batch, False)
+    return tail.scores(seen.hidden + shift, batch, False)
 
 
 def score(scores: Tensor, label: Tensor) -> tuple[float, float]:
@@ -55,25 +59,22 @@ def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) ->
             adapters = attach(model, 1, 1, targets, xgblora=True, layers=LayerSubset(count, "top"))
             tail = Tail(model, packed=True)
             with inference_layout(model):
-                forwards = _Forwards(adapters, True, True, None)
-                seen, held_out = forwards.observe(train), forwards.observe(dev)
+                forwards = Forwards(adapters, True, True, None)
+                seen, held_out = forwards.observe(train, MOST_READS), forwards.observe(dev, MOST_READS)
                 loss = TailLoss(tail, seen, classification=True)
                 own = turned_down(adapters) if kind == RECIPE[0] else None
-                before = predicted(tail, held_out, torch.zeros(len(dev)), seen.hidden[0])
+                before = predicted(tail, held_out)
                 for ridge in RIDGES:
                     learner = fit(seen, loss, ridge, own)
-                    pairs = zip(held_out.inputs, learner.inputs, strict=True)
-                    shift = torch.stack([x @ a for x, a in pairs]).sum(0)
-                    after = predicted(tail, held_out, shift, learner.output)
+                    after = predicted(tail, held_out, learner.at(held_out.inputs) @ learner.outputs)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
                     if (kind, where, ridge) != RECIPE:
                         continue
                     wanted = (after - before).diff(dim=1)[:, 0]
                     for step in STEPS:
-                        _put(adapters, learner, step)
-                        moved = predicted(tail, forwards.observe(dev), torch.zeros(len(dev)), learner.output) - before
-                        found = moved.diff(dim=1)[:, 0]
+                        put(adapters, learner, step)
+                        found = (predicted(tail, forwards.observe(dev, MOST_READS)) - before).diff(dim=1)[:, 0]
                         real = evaluate(model, dev, True, 64)
                         correlation = torch.corrcoef(torch.stack([wanted, found]))[0, 1].item()
                         slope = ((wanted @ found) / (wanted @ wanted) / step).item()

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from xgblora import Example, RunConfig, Trainer, attach
+from xgblora.boosters import Ledger, start_from
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -82,16 +83,23 @@ def examples(count: int, options: list[list[int]] | None = None, seed: int = 0) 
 def train(
     folder: Path, model: PreTrainedModel | None = None, rows: list[Example] | None = None, **flags: Any
 ) -> tuple[Trainer, list[float]]:
-    """A short training of a tiny OPT with every loss logged; returns the trainer and the losses."""
+    """A short training of a tiny OPT with every loss logged; returns the trainer and the losses.
+
+    ``start``: folder of an adapter whose ranks are the first boosters.
+    """
     flags = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 3e-3, "zo_eps": 1e-2} | flags
     flags = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | flags
-    resume, packed, layers = (flags.pop(name, None) for name in ("resume", "packed", "layers"))
+    resume, packed, layers, start = (flags.pop(name, None) for name in ("resume", "packed", "layers", "start"))
     config = RunConfig(output_dir=str(folder), **flags)
     model = model or build(ARCHITECTURES["opt"])
     adapters = attach(
         model, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora, layers
     )
-    trainer = Trainer(model, config, adapters, rows or examples(64), examples(32, seed=1), packed=packed)
+    ledger = Ledger(adapters)
+    if start:
+        start_from(ledger, start)
+    rows = rows or examples(64)
+    trainer = Trainer(model, config, adapters, rows, examples(32, seed=1), packed=packed, ledger=ledger)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 

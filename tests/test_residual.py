@@ -1,8 +1,9 @@
 """Boosters fitted to pseudo-residuals: the fit is the optimum it claims to be, and the model follows it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,22 +13,13 @@ from conftest import ARCHITECTURES, LogLines, build, examples, train
 from xgblora import LayerSubset, RunConfig, XgbloraError, attach, evaluate, load_adapters
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import decoder_layers
-from xgblora.objectives import option_scores
+from xgblora.objectives import divergences, option_scores
 from xgblora.packing import Batch, Example, build_batch, choose_route, read_hidden
-from xgblora.residual import (
-    Tail,
-    TailLoss,
-    _Forwards,
-    _last_layer,
-    _rows,
-    boost,
-    fit,
-    line_search,
-    residual_writers,
-    shortest_as_good,
-    turned_down,
-    written_along,
-)
+from xgblora.residual import Tail, boost, residual_writers, teach
+from xgblora.residual.activations import Forwards, TailLoss, last_layer, rows_read
+from xgblora.residual.boost import MOST_READS, line_search, shortest_as_good
+from xgblora.residual.fit import fit
+from xgblora.residual.writers import turned_down, written_along
 
 OPTIONS = {"single": [[5], [9]], "several": [[5], [9], [13]], "long": [[5, 6], [9], [13, 14, 15]]}
 BOOST: dict[str, Any] = {"recipe": "boost", "lora_target_modules": ["out_proj"], "layers": LayerSubset(1, "top")}
@@ -42,9 +34,9 @@ def test_the_tail_gives_the_models_scores(architecture: PreTrainedConfig, option
     batch = build_batch(examples(7, OPTIONS[options]), packed)
     with torch.no_grad():
         expected = option_scores(model, batch, normalised)
-        with _last_layer(model) as last:
+        with last_layer(model) as last:
             read_hidden(model, batch)
-        found = tail.scores(_rows(last[-1], batch), batch, normalised)
+        found = tail.scores(rows_read(last[-1], batch), batch, normalised)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -55,20 +47,20 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, classificati
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
-        seen = _Forwards(adapters, classification, True, None).observe(examples(60, OPTIONS[options]))
+        seen = Forwards(adapters, classification, True, None).observe(examples(60, OPTIONS[options]), MOST_READS)
         loss = TailLoss(Tail(model, True), seen, classification)
         learner = fit(seen, loss, ridge=1.0)
-        assert learner.output.norm().item() == pytest.approx(1, abs=1e-5)
-        change = sum(x @ a for x, a in zip(seen.inputs, learner.inputs, strict=True))
+        assert learner.outputs.norm().item() == pytest.approx(1, abs=1e-5)
+        change = learner.at(seen.inputs)
         torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
         before, _ = loss(seen.hidden)
-        after, gradient = loss(seen.hidden + learner.change[:, None] * learner.output)
+        after, gradient = loss(seen.hidden + learner.change @ learner.outputs)
         assert after.mean() < 0.9 * before.mean()
-        slopes = gradient @ learner.output
+        slopes = gradient @ learner.outputs[0]
         spreads = [(x - x.mean(0)).norm(dim=1).mean() * len(seen.inputs) ** 0.5 for x in seen.inputs]
         variance = sum(((x - x.mean(0)) / s).square().sum(1).mean() for x, s in zip(seen.inputs, spreads, strict=True))
-        weight = variance * loss.curvature(seen.hidden, learner.output)
-        for x, a, spread in zip(seen.inputs, learner.inputs, spreads, strict=True):
+        weight = variance * loss.curvature(seen.hidden, learner.outputs[0])
+        for x, (a,), spread in zip(seen.inputs, learner.inputs, spreads, strict=True):
             torch.testing.assert_close(a, -(x.T @ slopes) / spread**2 / weight, rtol=0.02, atol=1e-3 * a.abs().max())
 
 
@@ -77,30 +69,110 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
     with torch.no_grad():
-        seen = _Forwards(adapters, True, True, None).observe(examples(60))
+        seen = Forwards(adapters, True, True, None).observe(examples(60), MOST_READS)
         loss = TailLoss(Tail(model, True), seen, True)
         own = turned_down(adapters)
         assert [write is None for write in own] == ["o_proj" in name for name in adapters.layers]
         learner = fit(seen, loss, 1.0, own)
-        change = sum(x @ a for x, a in zip(seen.inputs, learner.inputs, strict=True))
+        change = learner.at(seen.inputs)
         torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
         shares, opinion = [], torch.zeros(60)
-        for (layer, _, _), x, a, write in zip(adapters.slices, seen.inputs, learner.inputs, own, strict=True):
+        for (layer, _, _), x, (a,), write in zip(adapters.slices, seen.inputs, learner.inputs, own, strict=True):
             if write is not None:
-                along = layer.base_layer.weight.T @ learner.output
+                along = layer.base_layer.weight.T @ learner.outputs[0]
                 shares.append(-(a @ along) / (along @ along))
                 torch.testing.assert_close(a, -shares[-1] * along, rtol=1e-3, atol=1e-5)
                 opinion -= x @ along
         assert len(shares) == 2
         assert shares[0].item() == pytest.approx(shares[1].item(), rel=1e-3)
-        _, gradient = loss(seen.hidden + learner.change[:, None] * learner.output)
-        slopes = gradient @ learner.output
+        _, gradient = loss(seen.hidden + learner.change @ learner.outputs)
+        slopes = gradient @ learner.outputs[0]
         assert abs(slopes @ opinion) < 1e-3 * slopes.abs() @ opinion.abs()
+
+
+@pytest.mark.parametrize("opinion", ["keep", "drop"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep", "drop"]) -> None:
+    """Kept, f is added to the final hidden state; dropped, it is all there is along the teacher's directions."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
+    tail, rows, held = Tail(model, True), examples(60, OPTIONS[options]), examples(20, OPTIONS[options], seed=9)
+    teacher = teach(adapters, rows, held, tail, opinion=opinion)
+    with torch.no_grad():
+        seen, unseen = (Forwards(adapters, True, True, None).observe(each, MOST_READS) for each in (rows, held))
+        seen, unseen = (replace(each, inputs=each.inputs[::2]) for each in (seen, unseen))  # the attention's
+        learner = fit(seen, TailLoss(tail, seen, True), 1.0, directions=4)
+        assert teacher.directions == len(learner.outputs) == {"single": 1, "several": 2, "long": 4}[options]
+        torch.testing.assert_close(learner.outputs @ learner.outputs.T, torch.eye(teacher.directions))
+        for outputs in learner.outputs if opinion == "drop" else []:
+            for each in (seen, unseen):
+                each.hidden.sub_((each.hidden @ outputs)[:, None] * outputs)
+        if opinion == "drop":
+            learner = fit(seen, TailLoss(tail, seen, True), 1.0, outputs=learner.outputs)
+        for each in (seen, unseen):
+            moved = each.hidden + learner.at(each.inputs) @ learner.outputs
+            asked = [example for batch in each.batches for example in batch.examples]
+            batch = build_batch(asked, True)
+            expected = tail.scores(moved, batch, False).softmax(1)
+            torch.testing.assert_close(teacher.targets(asked), expected, rtol=1e-3, atol=1e-4)
+    assert teacher.sequences == 80
+    assert not teacher.knows(Example([3, 4], OPTIONS[options], 0))
+
+
+def test_a_teacher_keeps_knowledge_and_drops_prejudice() -> None:
+    """With few examples: labels that the base gives itself, and labels of a base that says always the same."""
+    model = build(ARCHITECTURES["llama"])
+    tail, kept = Tail(model, True), {}
+    for case in ("knowledge", "prejudice"):
+        rows = examples(48)
+        adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+        if case == "knowledge":
+            with torch.no_grad():
+                sure = option_scores(model, build_batch(rows, True)).argmax(1).tolist()
+            rows = [replace(row, label=label) for row, label in zip(rows, sure, strict=True)]
+        else:
+            model.lm_head.weight.data[5] += 4 * model.lm_head.weight.data[5]
+        teacher = teach(adapters, rows[:24], rows[24:], tail)
+        kept[case] = teacher.losses[True] < teacher.losses[False]
+        targets = {o: teach(adapters, rows[:24], rows[24:], tail, opinion=o).targets(rows) for o in ("keep", "drop")}
+        torch.testing.assert_close(teacher.targets(rows), targets["keep" if kept[case] else "drop"])
+        adapters.detach()
+    assert kept == {"knowledge": True, "prejudice": False}
+
+
+def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
+    """Also of examples that neither was fitted on, with options of different number and length."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, residual_writers(model), xgblora=True)
+    tail = Tail(model, True)
+    rows = examples(150, OPTIONS["several"]) + examples(150, OPTIONS["single"], seed=1)
+    searched, unseen = (examples(40, OPTIONS["several"], seed=seed) for seed in (2, 3))
+    teacher = teach(adapters, rows, searched + unseen, tail)
+    batch = build_batch(unseen, True)
+    with torch.no_grad():
+        before = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
+        for number in range(8):
+            boost(adapters, rows, searched, tail, teacher=teacher, ridge=0.03)
+            adapters.freeze_pair()
+            adapters.new_pair(number + 1)
+        after = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
+    assert after < 0.1 * before
+
+
+def test_divergences_are_those_of_the_field() -> None:
+    scores = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, -1.0, 3.0]])
+    targets = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.0, 0.8]])
+    expected = [
+        torch.nn.functional.kl_div(row[row.isfinite()].log_softmax(0), target[row.isfinite()], reduction="sum")
+        for row, target in zip(scores, targets, strict=True)
+    ]
+    torch.testing.assert_close(divergences(scores, targets), torch.stack(expected))
+    assert divergences(scores, scores.softmax(1)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("name", "writer"), [("opt", "fc2"), ("gpt2", "mlp.c_proj"), ("llama", "down_proj")])
 def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xgblora.residual.PART_TOKENS", 20)  # so that the inputs come in parts
+    monkeypatch.setattr("xgblora.residual.writers.PART_UNITS", 20)  # so that the inputs come in parts
     model = build(ARCHITECTURES[name])
     assert writer in residual_writers(model)
     layer = next(iter(attach(model, 1, 16, [writer], xgblora=True).layers.values()))
@@ -123,7 +195,7 @@ def test_a_larger_ridge_gives_a_shorter_learner() -> None:
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
-        seen = _Forwards(adapters, True, True, None).observe(examples(40))
+        seen = Forwards(adapters, True, True, None).observe(examples(40), MOST_READS)
         loss = TailLoss(Tail(model, True), seen, True)
         sizes = [fit(seen, loss, ridge).change.norm() for ridge in (0.1, 1.0, 10.0)]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -310,9 +382,15 @@ def test_no_booster_is_fitted_on_rows_that_find_step_lengths(tmp_path: Path) -> 
     assert {id(row) for batch in batches for row in batch} == fitted
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("started", [False, True])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, started: bool) -> None:
+    """Its teacher is fitted again: to the model before the run's first booster, be that a bare one or not."""
     flags = BOOST | {"boost_boosters": 4, "boost_examples": 48, "activation_cache_gb": 0}
     flags |= {"save_strategy": "steps", "save_total_limit": 9}
+    if started:
+        first, _ = train(tmp_path / "first", **BOOST, boost_boosters=2)
+        first.ledger.save(tmp_path / "adapter")
+        flags["start"] = tmp_path / "adapter"
     whole, losses = train(tmp_path / "whole", **flags)
     resumed, again = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert again == losses
@@ -322,6 +400,25 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
         assert torch.equal(mine.lora_A, theirs.lora_A)
         assert torch.equal(mine.lora_B, theirs.lora_B)
         assert torch.equal(mine.booster_B, theirs.booster_B)
+
+
+def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines: LogLines) -> None:
+    trainer, _ = train(tmp_path, **BOOST, boost_boosters=2, boost_teacher_examples=40)
+    assert len(trainer.train_dataset) == 40
+    assert trainer.teacher is not None
+    assert trainer.teacher.sequences == 40 + len(trainer.searched) == 48
+    assert all(trainer.teacher.knows(row) for row in [*trainer.train_dataset, *trainer.searched])
+    (line,) = log_lines.containing("Teacher of 48 examples, along 1 direction(s); held-out loss")
+    assert "added to the base's opinion, " in line
+    assert line.endswith("in place of the base's opinion")
+    searches = (trainer.ledger.forward_sequences - 48 - 2 * 40) / 8
+    assert searches == trainer.ledger.forward_passes - 3
+
+
+def test_a_language_model_loss_has_no_teacher(tmp_path: Path) -> None:
+    trainer, losses = train(tmp_path, **BOOST, boost_boosters=3, train_as_classification=False)
+    assert trainer.teacher is None
+    assert losses[2] < losses[0]
 
 
 def test_saved_boosters_predict_alike(tmp_path: Path) -> None:
@@ -346,6 +443,9 @@ def test_saved_boosters_predict_alike(tmp_path: Path) -> None:
         ({"boost_examples": 2}, "--boost_examples"),
         ({"boost_search_share": 0.6}, "--boost_search_share"),
         ({"boost_ridge": 0.0}, "--boost_ridge"),
+        ({"boost_follow_ridge": -1.0}, "--boost_follow_ridge"),
+        ({"boost_teacher_examples": 2}, "--boost_teacher_examples"),
+        ({"boost_opinion": "mine"}, "--boost_opinion"),
         ({"xgblora_shrinkage": 1.5}, "--xgblora_shrinkage"),
         ({"recipe": "best"}, "--recipe"),
     ],

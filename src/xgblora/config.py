@@ -140,8 +140,19 @@ class RunConfig(TrainingArguments):
     )
     boost_boosters: int = HfArg(default=4, help="Recipe boost: boosters of a run.")
     boost_examples: int = HfArg(default=1024, help="Recipe boost: training examples that each booster sees, at most.")
+    boost_teacher_examples: int = HfArg(
+        default=4096, help="Recipe boost: training examples that what the boosters follow is fitted on, at most."
+    )
     boost_ridge: float = HfArg(
-        default=3.0, help="Recipe boost: ridge penalty of a fit, without units; 1 to 10 is sensible."
+        default=1.0, help="Recipe boost: ridge penalty of that fit, without units; 0.3 to 10 is sensible."
+    )
+    boost_follow_ridge: float = HfArg(
+        default=0.03, help="Recipe boost: ridge penalty of a booster that follows it, without units."
+    )
+    boost_opinion: Literal["auto", "keep", "drop"] = HfArg(
+        default="auto",
+        help="Recipe boost: whether what is fitted adds to what the base says along its directions (keep) or replaces "
+        "it (drop); auto: what has the lower loss on the examples that are set aside.",
     )
     boost_search_share: float = HfArg(
         default=0.125,
@@ -244,7 +255,7 @@ class RunConfig(TrainingArguments):
         def refuse(flag: str, wants: str) -> None:
             raise XgbloraError(f"--{flag} must be {wants}, got {getattr(self, flag)}")
 
-        for flag in ("zo_eps", "lora_alpha", "learning_rate", "boost_ridge"):
+        for flag in ("zo_eps", "lora_alpha", "learning_rate", "boost_ridge", "boost_follow_ridge"):
             value = getattr(self, flag)
             if not (math.isfinite(value) and value > 0):
                 refuse(flag, "a positive number")
@@ -283,8 +294,9 @@ class RunConfig(TrainingArguments):
             refuse("max_steps", "at least 1 (leave it out to train --num_train_epochs)")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             refuse("num_train_epochs", "a positive number")
-        if self.boost_examples < 3:
-            refuse("boost_examples", "at least 3")
+        for flag in ("boost_examples", "boost_teacher_examples"):
+            if getattr(self, flag) < 3:
+                refuse(flag, "at least 3")
         if self.max_length < 2:
             refuse("max_length", "at least 2")
         if not 0 <= self.xgblora_ema_beta < 1:
@@ -300,6 +312,7 @@ class RunConfig(TrainingArguments):
             ("trainer", ("zo", "regular", "none")),
             ("zo_directions", ("per_example", "shared")),
             ("xgblora_layer_choice", (None, "random", "top")),
+            ("boost_opinion", ("auto", "keep", "drop")),
         ):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choice for choice in choices if choice))
@@ -453,7 +466,7 @@ def notes(config: RunConfig) -> list[str]:
         names = given("zo_eps", "zo_num_perturbations", "zo_directions", "learning_rate", "optim", "lr_scheduler_type")
         found += [f"--{name} has no effect with --recipe boost" for name in names]
     else:
-        names = given("boost_boosters", "boost_examples", "boost_ridge", "boost_search_share")
+        names = [name for name in default if name.startswith("boost_") and given(name)]
         found += [f"--{name} has no effect without --recipe boost" for name in names]
     if config.trainer != "zo":
         names = given("zo_eps", "zo_num_perturbations", "zo_directions")
@@ -486,9 +499,12 @@ def banner(config: RunConfig) -> list[str]:
         if config.recipe == "boost":
             body += [
                 "  Recipe: boost (pairs fitted to pseudo-residuals, forward passes only)",
-                f"  Boosters: {config.boost_boosters}, each fitted on up to {config.boost_fitted} examples",
-                f"  Ridge: {config.boost_ridge:g}   share of examples for the step length: "
-                f"{config.boost_search_share:g}   shrinkage: {config.xgblora_shrinkage:g}",
+                f"  Teacher: up to {config.boost_teacher_examples} examples   ridge: {config.boost_ridge:g}   "
+                f"the base's opinion: {config.boost_opinion}",
+                f"  Boosters: {config.boost_boosters}, each fitted on up to {config.boost_fitted} examples   ridge: "
+                f"{config.boost_follow_ridge:g}",
+                f"  Share of examples for the step length: {config.boost_search_share:g}   shrinkage: "
+                f"{config.xgblora_shrinkage:g}",
             ]
     else:
         body = [

@@ -45,6 +45,12 @@ def score_losses(scores: Tensor, label: Tensor, classification: bool) -> Tensor:
     return -scores.gather(1, label[:, None])[:, 0]
 
 
+def divergences(scores: Tensor, targets: Tensor) -> Tensor:
+    """Kullback-Leibler divergences (segments,) of the options' probabilities from ``targets`` (segments, options)."""
+    logs = scores.log_softmax(dim=1).masked_fill(~scores.isfinite(), 0)
+    return (torch.xlogy(targets, targets) - targets * logs).sum(1)
+
+
 def classification_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy of the correct option among all options, by their mean token log-probabilities (MeZO, B.2)."""
     return score_losses(option_scores(model, batch), batch.label, classification=True)

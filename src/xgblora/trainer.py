@@ -33,7 +33,7 @@ from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
 from xgblora.packing import Batch, Example, build_batch, choose_route
 from xgblora.randomness import generator
-from xgblora.residual import Tail, boost
+from xgblora.residual import Tail, Teacher, boost, teach
 from xgblora.schedule import Schedule, resolve
 from xgblora.zo import direction_generators, estimate_batch
 
@@ -87,6 +87,8 @@ class Trainer(transformers.Trainer):
         """Recipe boost: the rows that find every booster's step length; none is ever fitted on them."""
         if args.recipe == "boost":
             train_dataset, self.searched = _set_aside(train_dataset, args)
+        self.teacher: Teacher | None = None
+        """Recipe boost on options: what every booster follows; fitted in the first step."""
         super().__init__(
             model=model,
             args=args,
@@ -158,6 +160,7 @@ class Trainer(transformers.Trainer):
     def _fit_booster(self, batch: Batch, tail: Tail) -> Tensor:
         """Recipe boost: the pair in training becomes the weak learner of this batch; returns the loss before it."""
         args, ledger = self.args, self.ledger
+        teacher = self._teach(tail) if self.classification else None
         found = boost(
             self.adapters,
             batch.examples,
@@ -165,7 +168,8 @@ class Trainer(transformers.Trainer):
             tail,
             classification=self.classification,
             packed=self.packed,
-            ridge=args.boost_ridge,
+            ridge=args.boost_ridge if teacher is None else args.boost_follow_ridge,
+            teacher=teacher,
             step_length=ledger.step_length,
             shrinkage=args.xgblora_shrinkage,
             lower_layers=self.lower_layers,
@@ -181,6 +185,43 @@ class Trainer(transformers.Trainer):
         loss = torch.tensor(found.loss)
         self._check(loss)
         return loss
+
+    def _teach(self, tail: Tail) -> Teacher:
+        """Recipe boost: what the boosters follow, fitted to the model as it was before the first of them."""
+        if self.teacher is not None:
+            return self.teacher
+        args, ledger = self.args, self.ledger
+        own = sum(booster.step > 0 for booster in ledger.boosters)  # a resumed run has some already
+        with self.adapters.first(len(ledger.boosters) - own):
+            self.teacher = teacher = teach(
+                self.adapters,
+                self.train_dataset,
+                self.searched,
+                tail,
+                packed=self.packed,
+                ridge=args.boost_ridge,
+                directions=args.boost_boosters,
+                opinion=args.boost_opinion,
+                lower_layers=self.lower_layers,
+            )
+        if own:
+            if self.lower_layers is not None:
+                self.lower_layers.clear()
+            return teacher
+        ledger.forward_passes += 1
+        ledger.forward_sequences += teacher.sequences
+        ledger.forward_tokens += teacher.tokens
+        losses = ", ".join(
+            f"{loss:.4f} {'added to' if kept else 'in place of'} the base's opinion"
+            for kept, loss in teacher.losses.items()
+        )
+        logger.info(
+            "Teacher of %d examples, along %d direction(s); held-out loss %s",
+            teacher.sequences,
+            teacher.directions,
+            losses,
+        )
+        return teacher
 
     def _check(self, loss: Tensor, *gradients: Tensor | None) -> None:
         finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
@@ -241,7 +282,8 @@ def _set_aside(rows: Sequence[Example], args: RunConfig) -> tuple[list[Example],
     """
     count = max(1, round(min(len(rows), args.boost_examples) * args.boost_search_share))
     order = torch.randperm(len(rows), generator=generator(args.seed, "search")).tolist()
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in order[:count]]
+    fitted = order[count : count + args.boost_teacher_examples]
+    return [rows[i] for i in sorted(fitted)], [rows[i] for i in order[:count]]
 
 
 class _Boosting(TrainerCallback):

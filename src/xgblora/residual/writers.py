@@ -1,0 +1,89 @@
+"""The layers that write to the residual stream, and what they write along a direction of it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xgblora.adapters import AdaptedLinear, Adapters
+from xgblora.errors import XgbloraError
+from xgblora.models import decoder_layers
+
+ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
+"""How architectures call the layer that writes a block's attention to the residual stream."""
+
+MLP_WRITERS = ("down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h")
+"""How they call the layer that writes a block's MLP."""
+
+PART_UNITS = 1024
+"""Units of a layer's inputs that are asked for at once."""
+
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn", "c_fc", "query_key_value")
+"""Layers inside a block, which may be as wide as the residual stream and yet do not write to it."""
+
+
+def residual_writers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that write attention and, where they are known, MLPs to the residual stream, as targets.
+
+    Raises :class:`XgbloraError` for an architecture that calls those of the attention otherwise.
+    """
+    names = [name for block in decoder_layers(model) for name, _ in model.get_submodule(block).named_modules()]
+    attention, mlp = (
+        [writer for writer in writers if any(_is_called(name, writer) for name in names)]
+        for writers in (ATTENTION_WRITERS, MLP_WRITERS)
+    )
+    if not attention:
+        raise XgbloraError(
+            f"--recipe boost does not know which layers of {type(model).__name__} write to the residual stream: name "
+            "them with --lora_target_modules"
+        )
+    return attention + mlp
+
+
+def _is_called(name: str, writer: str) -> bool:
+    return name == writer or name.endswith("." + writer)
+
+
+def require_writers(adapters: Adapters) -> None:
+    """Raise :class:`XgbloraError` where ``adapters`` cannot hold fitted boosters."""
+    if adapters.rank != 1:
+        raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
+    width = adapters.model.config.get_text_config().hidden_size
+    for name, layer in adapters.layers.items():
+        if layer.out_features != width or name.rpartition(".")[2] in READERS:
+            raise XgbloraError(
+                f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
+                "--lora_target_modules"
+            )
+
+
+def turned_down(adapters: Adapters) -> list[Callable[[Tensor], Tensor] | None]:
+    """For each layer that trains: :func:`written_along` of it where it is only turned down, None where it is fitted.
+
+    MLP layers are turned down, beside attention layers that are fitted; alone they are fitted themselves.
+    """
+    names = {layer: name for name, layer in adapters.layers.items()}
+    own: list[Callable[[Tensor], Tensor] | None] = [
+        partial(written_along, layer, dtype=adapters.model.dtype)
+        if any(_is_called(names[layer], writer) for writer in MLP_WRITERS)
+        else None
+        for layer, _, _ in adapters.slices
+    ]
+    return own if None in own else [None] * len(own)
+
+
+def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs.
+
+    The layer is asked, not its weight, so that a quantised one answers, too.
+    """
+    width = layer.in_features
+    units = torch.zeros(min(width, PART_UNITS), width, dtype=dtype, device=output.device)
+    bias = layer.base_layer(units[:1]).float() @ output
+    found = []
+    for part in torch.arange(width, device=output.device).split(len(units)):
+        rows = units[: len(part)].zero_().scatter_(1, part[:, None], 1)
+        found.append(layer.base_layer(rows).float() @ output)
+    return torch.cat(found) - bias
