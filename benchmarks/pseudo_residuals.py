@@ -1,17 +1,19 @@
-"""What one fitted booster knows before it is put into the model, and how the model follows it.
+"""What a fit to layer inputs knows before it is put into the model, and how the model follows it.
 
     python benchmarks/pseudo_residuals.py [--seeds 0 1 2] [--json FILE]
 
-SmolLM2-135M in bfloat16 on Rotten Tomatoes. For several choices of layers and ridges, one booster is fitted on 1,000
-training rows; *predicted* is the accuracy and loss on 500 dev rows if the layers above passed the booster's output on
-unchanged (final hidden state plus f u); the dev rows are forwarded once for it. Then the recipe's booster (upper half,
-attention fitted and MLP turned down, ridge 3) is put into the model with several step lengths: *realised* accuracy and
-loss on the dev rows, the correlation over rows of the realised with the predicted change of the options' difference,
-and its slope (1 = passed on unchanged, per unit of step).
+SmolLM2-135M in bfloat16 on Rotten Tomatoes. For several choices of layers and ridges, one learner is fitted on 1,000
+training rows; *predicted* is the accuracy and loss on 500 dev rows if the layers above passed its output on unchanged
+(final hidden state plus f u, or, with the base's opinion dropped, f u in place of what is there along u); the dev rows
+are forwarded once for it. Then one booster (upper half, attention fitted to the labels and MLP turned down, ridge 3) is
+put into the model with several step lengths: *realised* accuracy and loss on the dev rows, the correlation over rows of
+the realised with the predicted change of the options' difference, and its slope (1 = passed on unchanged, per unit of
+step).
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,20 @@ from xgblora.residual import Tail
 from xgblora.residual.activations import Forwards, Observed, TailLoss
 from xgblora.residual.boost import MOST_READS, put
 from xgblora.residual.fit import fit
+from xgblora.residual.teacher import without
 from xgblora.residual.writers import turned_down
 from xgblora.run import Workspace
 
 BOTH = ["o_proj", "down_proj"]
-TARGETS = {"attention": ["o_proj"], "MLP": ["down_proj"], "attention and MLP": BOTH, "attention, MLP turned down": BOTH}
-RECIPE = ("attention, MLP turned down", "upper half", 3.0)
+DROPPED = "attention, opinion dropped"
+TARGETS = {
+    "attention": ["o_proj"],
+    DROPPED: ["o_proj"],
+    "MLP": ["down_proj"],
+    "attention and MLP": BOTH,
+    "attention, MLP turned down": BOTH,
+}
+FOLLOWED = ("attention, MLP turned down", "upper half", 3.0)
 LAYERS = {"upper half": 15, "all": 30}
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 STEPS = (0.5, 1.0, 2.0, 3.0, 4.0)
@@ -62,14 +72,18 @@ def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) ->
                 forwards = Forwards(adapters, True, True, None)
                 seen, held_out = forwards.observe(train, MOST_READS), forwards.observe(dev, MOST_READS)
                 loss = TailLoss(tail, seen, classification=True)
-                own = turned_down(adapters) if kind == RECIPE[0] else None
+                own = turned_down(adapters) if kind == FOLLOWED[0] else None
                 before = predicted(tail, held_out)
+                outputs = None
+                if kind == DROPPED:
+                    outputs = fit(seen, loss, 1.0).outputs
+                    seen, held_out = (replace(o, hidden=without(o.hidden, outputs)) for o in (seen, held_out))
                 for ridge in RIDGES:
-                    learner = fit(seen, loss, ridge, own)
+                    learner = fit(seen, loss, ridge, own, outputs=outputs)
                     after = predicted(tail, held_out, learner.at(held_out.inputs) @ learner.outputs)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
-                    if (kind, where, ridge) != RECIPE:
+                    if (kind, where, ridge) != FOLLOWED:
                         continue
                     wanted = (after - before).diff(dim=1)[:, 0]
                     for step in STEPS:

@@ -80,7 +80,7 @@ def teach(
     for kept in (True, False):
         own, new = seen, unseen
         if outputs is not None:  # the directions are those found with its opinion
-            own, new = (replace(each, hidden=_without(each.hidden, outputs)) for each in (seen, unseen))
+            own, new = (replace(each, hidden=without(each.hidden, outputs)) for each in (seen, unseen))
         loss, check = (TailLoss(tail, each, True) for each in (own, new))
         learner = fit(own, loss, ridge, directions=directions, outputs=outputs)
         outputs = learner.outputs
@@ -96,6 +96,6 @@ def teach(
     return teacher
 
 
-def _without(hidden: Tensor, outputs: Tensor) -> Tensor:
+def without(hidden: Tensor, outputs: Tensor) -> Tensor:
     """Hidden states (T, hidden) with nothing along the directions ``outputs`` (directions, hidden)."""
     return hidden - hidden @ outputs.T @ outputs
