@@ -115,6 +115,8 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
             batch = build_batch(asked, True)
             expected = tail.scores(moved, batch, False).softmax(1)
             torch.testing.assert_close(teacher.targets(asked), expected, rtol=1e-3, atol=1e-4)
+    found = teacher.targets(held)[range(20), [example.label for example in held]].log().mean().item()
+    assert teacher.losses == {opinion == "keep": pytest.approx(-found, rel=1e-4)}
     assert teacher.sequences == 80
     assert not teacher.knows(Example([3, 4], OPTIONS[options], 0))
 
@@ -141,7 +143,7 @@ def test_a_teacher_keeps_knowledge_and_drops_prejudice() -> None:
 
 
 def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
-    """Also of examples that neither was fitted on, with options of different number and length."""
+    """Also of examples that neither was fitted on, with options of different number; what it never saw is left out."""
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, residual_writers(model), xgblora=True)
     tail = Tail(model, True)
@@ -152,7 +154,7 @@ def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
     with torch.no_grad():
         before = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
         for number in range(8):
-            boost(adapters, rows, searched, tail, teacher=teacher, ridge=0.03)
+            boost(adapters, [*rows, Example([3, 4], OPTIONS["single"], 0)], searched, tail, teacher=teacher, ridge=0.03)
             adapters.freeze_pair()
             adapters.new_pair(number + 1)
         after = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
@@ -382,15 +384,19 @@ def test_no_booster_is_fitted_on_rows_that_find_step_lengths(tmp_path: Path) -> 
     assert {id(row) for batch in batches for row in batch} == fitted
 
 
+def _start(folder: Path) -> dict[str, Any]:
+    """The flag of a run that goes on from two boosters of an earlier one."""
+    first, _ = train(folder / "first", **BOOST, boost_boosters=2)
+    first.ledger.save(folder / "adapter")
+    return {"start": folder / "adapter"}
+
+
 @pytest.mark.parametrize("started", [False, True])
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, started: bool) -> None:
     """Its teacher is fitted again: to the model before the run's first booster, be that a bare one or not."""
     flags = BOOST | {"boost_boosters": 4, "boost_examples": 48, "activation_cache_gb": 0}
     flags |= {"save_strategy": "steps", "save_total_limit": 9}
-    if started:
-        first, _ = train(tmp_path / "first", **BOOST, boost_boosters=2)
-        first.ledger.save(tmp_path / "adapter")
-        flags["start"] = tmp_path / "adapter"
+    flags |= _start(tmp_path) if started else {}
     whole, losses = train(tmp_path / "whole", **flags)
     resumed, again = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert again == losses
@@ -402,8 +408,11 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, started: bo
         assert torch.equal(mine.booster_B, theirs.booster_B)
 
 
-def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines: LogLines) -> None:
-    trainer, _ = train(tmp_path, **BOOST, boost_boosters=2, boost_teacher_examples=40)
+@pytest.mark.parametrize("started", [False, True])
+def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines: LogLines, started: bool) -> None:
+    flags = BOOST | (_start(tmp_path) if started else {})
+    log_lines.lines.clear()
+    trainer, _ = train(tmp_path, **flags, boost_boosters=2, boost_teacher_examples=40)
     assert len(trainer.train_dataset) == 40
     assert trainer.teacher is not None
     assert trainer.teacher.sequences == 40 + len(trainer.searched) == 48

@@ -36,6 +36,8 @@ class DemoConfig(ExperimentConfig):
     optim: str = HfArg(default="adamw_torch", help="Adam (weight decay is 0).")
     zo_eps: float = HfArg(default=1e-2, help="Length of a probe.")
     xgblora_steps_per_iteration: int = HfArg(default=50, help="Steps between merges.")
+    boost_boosters: int = HfArg(default=3, help="Boosters of recipe boost.")
+    boost_examples: int = HfArg(default=512, help="Examples that each of them sees: the work of the other methods.")
     eval_steps: float | None = HfArg(default=50, help="Steps between evaluations on the development examples.")
     logging_steps: float = HfArg(default=5, help="Steps between points of the loss curve.")
     skip_completed: bool = HfArg(default=True, help="Go on where an interrupted demo stopped.")
