@@ -424,6 +424,19 @@ def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines:
     assert searches == trainer.ledger.forward_passes - 3
 
 
+def test_the_flags_of_a_teacher_reach_it(tmp_path: Path) -> None:
+    """As many directions as boosters can follow, the ridge, and the opinion."""
+    rows, said = examples(64, OPTIONS["several"]), []
+    for number, (boosters, ridge, opinion) in enumerate(((1, 1.0, "auto"), (3, 1.0, "keep"), (3, 9.0, "keep"))):
+        flags = BOOST | {"boost_boosters": boosters, "boost_ridge": ridge, "boost_opinion": opinion}
+        trainer, _ = train(tmp_path / str(number), rows=rows, **flags)
+        assert trainer.teacher is not None
+        assert trainer.teacher.directions == min(boosters, 2)
+        assert set(trainer.teacher.losses) == ({True, False} if opinion == "auto" else {True})
+        said.append(trainer.teacher.targets(rows))
+    assert not torch.allclose(said[1], said[2], atol=1e-3)
+
+
 def test_a_language_model_loss_has_no_teacher(tmp_path: Path) -> None:
     trainer, losses = train(tmp_path, **BOOST, boost_boosters=3, train_as_classification=False)
     assert trainer.teacher is None
