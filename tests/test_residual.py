@@ -437,6 +437,14 @@ def test_the_flags_of_a_teacher_reach_it(tmp_path: Path) -> None:
     assert not torch.allclose(said[1], said[2], atol=1e-3)
 
 
+def test_boosters_follow_with_a_ridge_of_their_own(tmp_path: Path) -> None:
+    sizes = []
+    for follow in (0.01, 100.0):
+        trainer, _ = train(tmp_path / str(follow), **BOOST, boost_boosters=1, boost_follow_ridge=follow)
+        sizes.append(trainer.adapters.slices[0][0].lora_A.norm().item())
+    assert sizes[0] > 2 * sizes[1]
+
+
 def test_a_language_model_loss_has_no_teacher(tmp_path: Path) -> None:
     trainer, losses = train(tmp_path, **BOOST, boost_boosters=3, train_as_classification=False)
     assert trainer.teacher is None
