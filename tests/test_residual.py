@@ -161,6 +161,15 @@ def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
     assert after < 0.1 * before
 
 
+def test_targets_fit_batches_of_fewer_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgblora.residual.activations.PART_TOKENS", 15)  # an example or two
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True)
+    tail, rows = Tail(adapters.model, True), examples(20, OPTIONS["long"]) + examples(20, OPTIONS["single"], seed=1)
+    teacher = teach(adapters, rows, examples(10, OPTIONS["long"], seed=2), tail)
+    found = boost(adapters, rows, rows[:10], tail, teacher=teacher)
+    assert found.after < found.before
+
+
 def test_divergences_are_those_of_the_field() -> None:
     scores = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, -1.0, 3.0]])
     targets = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.0, 0.8]])
