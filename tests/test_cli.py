@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import write_rows
+from xgblora import RunConfig
 from xgblora.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -495,6 +496,9 @@ def test_boost_beside_lora(run: Run, small: list[str], tmp_path: Path) -> None:
     ]
     assert steps == [4, 2]
     assert (tmp_path / "eval.png").is_file()
+    assert "no effect" not in out  # each arm has the flags of its recipe
+    lora = json.loads((tmp_path / "lora_seed0" / "config.json").read_text("utf-8"))
+    assert lora["boost_boosters"] == RunConfig(output_dir="unused").boost_boosters
 
 
 @pytest.mark.parametrize(

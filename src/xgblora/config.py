@@ -20,6 +20,7 @@ from xgblora.errors import XgbloraError
 logger = logging.getLogger(__name__)
 
 Method = Literal["lora", "xgblora", "boost"]
+Recipe = Literal["classic", "boost"]
 """The methods of a comparison."""
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
@@ -99,7 +100,7 @@ class RunConfig(TrainingArguments):
     trainer: Literal["zo", "regular", "none"] = HfArg(
         default="zo", help="zo: zeroth-order; regular: backpropagation, same adapters; none: zero-shot only."
     )
-    recipe: Literal["classic", "boost"] = HfArg(
+    recipe: Recipe = HfArg(
         default="classic",
         help="How XGBLoRA's pairs are found. classic: by the trainer's gradient, from a random A; boost: fitted to "
         "pseudo-residuals by forward passes alone, a booster in one step (implies --xgblora).",
@@ -431,6 +432,16 @@ def arm(config: RunConfig, method: Method, **changes: Any) -> RunConfig:
     return changed(config, **own, lora_alpha=config.lora_alpha, **changes)
 
 
+def of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The flags that mean something to this recipe alone, and their defaults."""
+    gradient = ("zo_eps", "zo_num_perturbations", "zo_directions", "learning_rate", "optim", "lr_scheduler_type")
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(RunConfig)
+        if (field.name.startswith("boost_") if recipe == "boost" else field.name in gradient)
+    }
+
+
 def warn_rank(rank: int | None) -> None:
     """Say that XGBLoRA was given another rank than its own."""
     logger.warning("XGBLoRA should use rank=1, but got r=%s. This may cause unexpected behavior!", rank)
@@ -463,11 +474,9 @@ def notes(config: RunConfig) -> list[str]:
         )
         found += [f"--{name} has no effect without --xgblora_use_adaptive_merge" for name in names]
     if config.recipe == "boost":
-        names = given("zo_eps", "zo_num_perturbations", "zo_directions", "learning_rate", "optim", "lr_scheduler_type")
-        found += [f"--{name} has no effect with --recipe boost" for name in names]
+        found += [f"--{name} has no effect with --recipe boost" for name in given(*of_recipe("classic"))]
     else:
-        names = [name for name in default if name.startswith("boost_") and given(name)]
-        found += [f"--{name} has no effect without --recipe boost" for name in names]
+        found += [f"--{name} has no effect without --recipe boost" for name in given(*of_recipe("boost"))]
     if config.trainer != "zo":
         names = given("zo_eps", "zo_num_perturbations", "zo_directions")
         found += [f"--{name} has no effect with --trainer {config.trainer}" for name in names]

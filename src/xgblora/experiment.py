@@ -4,11 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from transformers.hf_argparser import HfArg
 
-from xgblora.config import Method, RunConfig, arm
+from xgblora.config import Method, Recipe, RunConfig, arm, of_recipe
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.report import Curves, draw_eval, draw_loss, draw_merge_eval, draw_summary, read_curves, summarise
@@ -71,13 +71,18 @@ class Result:
 
 
 def arms(config: ExperimentConfig) -> list[RunConfig]:
-    """The configuration of every run."""
+    """The configuration of every run, without flags that another arm's recipe was given them for."""
     root = Path(str(config.output_root))
-    return [
-        arm(config, cast(Method, method), seed=seed, data_seed=seed, output_dir=str(root / f"{method}_seed{seed}"))
-        for method in config.methods
-        for seed in config.seeds
-    ]
+    recipes: dict[str, Recipe] = {method: "boost" if method == "boost" else "classic" for method in config.methods}
+    runs = []
+    for method, recipe in recipes.items():
+        of_others: dict[str, Any] = {}
+        for other in set(recipes.values()) - {recipe}:
+            of_others |= of_recipe(other)
+        for seed in config.seeds:
+            folder = str(root / f"{method}_seed{seed}")
+            runs.append(arm(config, cast(Method, method), seed=seed, data_seed=seed, output_dir=folder, **of_others))
+    return runs
 
 
 def experiment(config: ExperimentConfig) -> Result:
