@@ -150,11 +150,11 @@ def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
     rows = examples(150, OPTIONS["several"]) + examples(150, OPTIONS["single"], seed=1)
     searched, unseen = (examples(40, OPTIONS["several"], seed=seed) for seed in (2, 3))
     teacher = teach(adapters, rows, searched + unseen, tail)
-    batch = build_batch(unseen, True)
+    batch, stranger = build_batch(unseen, True), Example([3, 4], OPTIONS["single"], 0)
     with torch.no_grad():
         before = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
         for number in range(8):
-            boost(adapters, [*rows, Example([3, 4], OPTIONS["single"], 0)], searched, tail, teacher=teacher, ridge=0.03)
+            boost(adapters, [*rows, stranger], [*searched, stranger], tail, teacher=teacher, ridge=0.03)
             adapters.freeze_pair()
             adapters.new_pair(number + 1)
         after = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()

@@ -128,7 +128,7 @@ class Tail(nn.Module):
 class TailLoss:
     """The loss as a function of the hidden states behind the last decoder layer, all else as it was observed."""
 
-    def __init__(self, tail: "Tail", seen: Observed, classification: bool, targets: Tensor | None = None) -> None:
+    def __init__(self, tail: Tail, seen: Observed, classification: bool, targets: Tensor | None = None) -> None:
         """``targets``: probabilities (examples, options) to come close to, in place of the examples' labels."""
         self.tail = tail
         self.classification = classification

@@ -43,12 +43,12 @@ def boost(
     adapters: Adapters,
     examples: Sequence[Example],
     searched: Sequence[Example],
-    tail: "Tail",
+    tail: Tail,
     *,
     classification: bool = True,
     packed: bool = True,
     ridge: float = 1.0,
-    teacher: "Teacher | None" = None,
+    teacher: Teacher | None = None,
     step_length: float = 1.0,
     shrinkage: float = 1.0,
     lower_layers: LowerLayers | None = None,
@@ -61,7 +61,7 @@ def boost(
     :class:`XgbloraError` where there are too few examples or an adapted layer does not write to the residual stream.
     """
     if teacher is not None:
-        examples = [example for example in examples if teacher.knows(example)]
+        examples, searched = ([row for row in rows if teacher.knows(row)] for rows in (examples, searched))
     if len(examples) < 2 or not searched:
         raise XgbloraError(
             f"a booster is fitted on at least 2 examples and 1 finds its step length, got {len(examples)} and "

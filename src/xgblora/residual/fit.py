@@ -16,14 +16,12 @@ MINOR = 0.01
 class Learner:
     """``outputs``: directions u, (directions, hidden), of length 1 and at right angles to each other.
 
-    ``inputs``: a_m, (directions, in) for each layer. ``change``: f, (T, directions). ``loss``: mean loss of the
-    examples before it.
+    ``inputs``: a_m, (directions, in) for each layer. ``change``: f, (T, directions).
     """
 
     outputs: Tensor
     inputs: list[Tensor]
     change: Tensor
-    loss: float
 
     def at(self, inputs: Sequence[Tensor]) -> Tensor:
         """f (T, directions) of other inputs, (T, in) for each layer."""
@@ -47,7 +45,7 @@ def fit(
 
     ``own``: what :func:`turned_down` says of each layer. Layers that it names are turned down instead, all by one share
     gamma for each u, which is not penalised: a_m = -gamma W_m^T u. ``directions``: at most so many, and only those that
-    explain MINOR of what the first ones do; ``outputs``: they are these, (directions, hidden).
+    explain MINOR of all that inputs explain; ``outputs``: they are these, (directions, hidden).
     """
     own = own or [None] * len(seen.inputs)
     scales = []
@@ -64,12 +62,11 @@ def fit(
             scaled = x.double() * scale  # in float32 the rounding of its products may leave it without a Cholesky root
             gram += scaled @ scaled.T
             variance += (centred * scale).square().sum(1).mean().item()
-    start, uphill = loss(seen.hidden)
-    before = start.double().mean().item()
+    _, uphill = loss(seen.hidden)
     if variance == 0:  # all examples look alike to these layers
         width = seen.hidden.shape[1]
         none = [torch.zeros_like(x[:1]) for x in seen.inputs]
-        return Learner(torch.eye(1, width, device=gram.device), none, torch.zeros_like(seen.hidden[:, :1]), before)
+        return Learner(torch.eye(1, width, device=gram.device), none, torch.zeros_like(seen.hidden[:, :1]))
     penalty = ridge * variance
     if outputs is None:
         outputs = _explaining(gram, penalty, -uphill, directions)
@@ -107,7 +104,7 @@ def fit(
         scale**2 * (dual.T @ x) if w is None else -(unit * found[-1])[:, None] * torch.stack(w)
         for x, scale, w in zip(seen.inputs, scales, written, strict=True)
     ]
-    return Learner(outputs, inputs, change(found), before)
+    return Learner(outputs, inputs, change(found))
 
 
 def _explaining(gram: Tensor, penalty: float, residual: Tensor, most: int) -> Tensor:

@@ -15,7 +15,7 @@ from xgblora.residual.fit import fit
 from xgblora.residual.writers import turned_down
 
 MOST_TAUGHT = 4096
-"""Those that a teacher is fitted on at most."""
+"""Predicting positions that a teacher is fitted on at most."""
 
 
 class Teacher:
@@ -33,7 +33,7 @@ class Teacher:
         self.tokens = tokens
         self._said: dict[Hashable, Tensor] = {}
 
-    def learn(self, seen: "Observed", probabilities: Tensor) -> None:
+    def learn(self, seen: Observed, probabilities: Tensor) -> None:
         """Take ``probabilities`` (examples, options) as what is to be said of the examples of ``seen``."""
         for example, row in zip((e for batch in seen.batches for e in batch.examples), probabilities, strict=True):
             self._said[_asked(example)] = row[: len(example.options)]
@@ -57,7 +57,7 @@ def teach(
     adapters: Adapters,
     examples: Sequence[Example],
     held: Sequence[Example],
-    tail: "Tail",
+    tail: Tail,
     *,
     packed: bool = True,
     ridge: float = 1.0,
