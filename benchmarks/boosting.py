@@ -179,7 +179,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Test accuracy of every method: a bar for the mean, a dot for each seed; a panel for each task."""
-    figure = Figure(figsize=(5 + 4 * len(tables), 1.6 + 0.45 * len(METHODS)), layout="constrained")
+    most = max(len(rows) for rows in tables.values())
+    figure = Figure(figsize=(4 + 5 * len(tables), 1.4 + 0.6 * most), layout="constrained")
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, (task, rows) in zip(panels, tables.items(), strict=True):
         for row in rows:
@@ -187,14 +188,14 @@ def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
             colour = "#D55E00" if "boost" in row["method"] else "#999999" if "backprop" in row["method"] else "#0072B2"
             axes.barh(name, mean, color=colour, height=0.65)
             axes.plot(row["test"], [name] * len(row["test"]), "o", color="black", markersize=3)
-            axes.annotate(
-                f"{mean:.1f} %, {row['forward_sequences']:,.0f} examples", (2, name), color="white", va="center"
-            )
-        zero_shot = rows[0]["zero_shot"]
-        axes.axvline(zero_shot, color="black", linestyle="--", linewidth=1, label=f"zero-shot {zero_shot:.1f} %")
-        axes.set(title=task, xlabel="test accuracy (%)", xlim=(0, 100))
-        axes.legend(loc="upper right", fontsize="small")
+            work = f"{row['forward_sequences']:,.0f} examples forwarded"
+            work += " and backward" if "backprop" in row["method"] else ""
+            axes.annotate(f"{mean:.1f} %, {work}", (2, name), color="white", va="center")
+        zero_shot = axes.axvline(rows[0]["zero_shot"], color="black", linestyle="--", linewidth=1)
+        axes.set(title=task, xlabel=f"test accuracy (%), zero-shot {rows[0]['zero_shot']:.1f} %", xlim=(0, 100))
     panels[0].invert_yaxis()
+    dots = panels[0].plot([], [], "o", color="black", markersize=3)
+    figure.legend([zero_shot, *dots], ["zero-shot", "a seed"], loc="outside upper right", ncols=2, fontsize="small")
     figure.savefig(path, dpi=130)
 
 

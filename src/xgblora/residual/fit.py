@@ -109,7 +109,8 @@ def fit(
 
 def _explaining(gram: Tensor, penalty: float, residual: Tensor, most: int) -> Tensor:
     """Directions (directions, hidden) of a reduced-rank ridge regression of (T, hidden) on inputs of a Gram matrix."""
-    ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    ridged = gram.clone()
+    ridged.diagonal().add_(penalty)
     fitted = gram @ torch.cholesky_solve(residual.double(), torch.linalg.cholesky(ridged))
     _, sizes, found = torch.linalg.svd(fitted, full_matrices=False)
     kept = int((sizes.square() >= MINOR * sizes.square().sum()).sum())
