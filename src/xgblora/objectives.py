@@ -38,8 +38,13 @@ def hidden_scores(model: PreTrainedModel, hidden: Tensor, batch: Batch, normalis
     return cells.index_copy(0, batch.option_cell, mean).view(batch.segments, batch.max_options)
 
 
-def score_losses(scores: Tensor, label: Tensor, classification: bool) -> Tensor:
-    """Losses (segments,) from scores (segments, options): cross-entropy, or minus the correct option's score."""
+def score_losses(scores: Tensor, label: Tensor, classification: bool, targets: Tensor | None = None) -> Tensor:
+    """Losses (segments,) from scores (segments, options): cross-entropy, or minus the correct option's score.
+
+    With ``targets`` (segments, options) in place of labels: :func:`divergences` from them.
+    """
+    if targets is not None:
+        return divergences(scores, targets)
     if classification:
         return F.cross_entropy(scores, label, reduction="none")
     return -scores.gather(1, label[:, None])[:, 0]

@@ -15,7 +15,7 @@ from xgblora.adapters import Adapters
 from xgblora.errors import XgbloraError
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import decoder_layers
-from xgblora.objectives import divergences, hidden_scores, option_scores, score_losses
+from xgblora.objectives import hidden_scores, option_scores, score_losses
 from xgblora.packing import Batch, Example, build_batch, read_hidden, split_by_tokens
 
 PART_TOKENS = 1024
@@ -33,6 +33,11 @@ class Observed:
     batches: list[Batch]
     inputs: list[Tensor]
     hidden: Tensor
+
+    @property
+    def examples(self) -> list[Example]:
+        """What was forwarded, in the order of the batches."""
+        return [example for batch in self.batches for example in batch.examples]
 
 
 class Forwards:
@@ -134,15 +139,17 @@ class TailLoss:
         self.classification = classification
         batches = seen.batches
         if all(batch.single_token for batch in batches):  # few rows of the head: one call for all
-            batches = [build_batch([e for b in batches for e in b.examples], batches[0].packed).to(seen.hidden.device)]
+            batches = [build_batch(seen.examples, batches[0].packed).to(seen.hidden.device)]
         self.parts: list[tuple[Batch, slice]] = []
         start = 0
         for batch in batches:
             stop = start + batch.read.numel()
             self.parts.append((batch, slice(start, stop)))
             start = stop
-        sizes = [batch.segments for batch in batches]
-        self.targets: Sequence[Tensor | None] = [None] * len(batches) if targets is None else targets.split(sizes)
+        self.targets: list[Tensor | None] = [None] * len(batches)
+        if targets is not None:
+            split = targets.split([batch.segments for batch in batches])
+            self.targets = [each[:, : batch.max_options] for each, batch in zip(split, batches, strict=True)]
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (examples,) of ``hidden`` (T, hidden), and the gradient of their sum, (T, hidden)."""
@@ -152,10 +159,7 @@ class TailLoss:
             own = hidden[reads].detach().requires_grad_()
             with torch.enable_grad():
                 scores = self.tail.scores(own, batch, not self.classification)
-                if targets is None:
-                    losses = score_losses(scores, batch.label, self.classification)
-                else:
-                    losses = divergences(scores, targets[:, : batch.max_options])
+                losses = score_losses(scores, batch.label, self.classification, targets)
                 (gradient[reads],) = torch.autograd.grad(losses.sum(), own)
             found.append(losses.detach())
         return torch.cat(found), gradient

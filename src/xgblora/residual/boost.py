@@ -9,7 +9,7 @@ from torch import Tensor
 from xgblora.adapters import Adapters
 from xgblora.errors import XgbloraError
 from xgblora.lower_layers import LowerLayers
-from xgblora.objectives import divergences, score_losses
+from xgblora.objectives import score_losses
 from xgblora.packing import Example
 from xgblora.residual.activations import Forwards, Tail, TailLoss, parts
 from xgblora.residual.fit import Learner, fit
@@ -71,22 +71,19 @@ def boost(
     require_writers(adapters)
     seen = forwards.observe(examples, MOST_READS)
     labelled = TailLoss(tail, seen, classification)
-    targets = None if teacher is None else teacher.targets([e for batch in seen.batches for e in batch.examples])
-    learner = fit(seen, TailLoss(tail, seen, classification, targets), ridge, turned_down(adapters))
+    loss = labelled if teacher is None else TailLoss(tail, seen, classification, teacher.targets(seen.examples))
+    learner = fit(seen, loss, ridge, turned_down(adapters))
     batches = list(parts(searched, packed))
     losses: dict[float, Tensor] = {}
 
     def loss_at(step: float) -> float:
         if step not in losses:
             put(adapters, learner, step)
-            losses[step] = torch.cat(
-                [
-                    score_losses(scores, batch.label, classification)
-                    if teacher is None
-                    else divergences(scores, teacher.targets(batch.examples))
-                    for batch, scores in forwards.scores(batches)
-                ]
-            ).double()
+            found = []
+            for batch, scores in forwards.scores(batches):
+                targets = None if teacher is None else teacher.targets(batch.examples)
+                found.append(score_losses(scores, batch.label, classification, targets))
+            losses[step] = torch.cat(found).double()
         return losses[step].mean().item()
 
     best = line_search(loss_at, step_length)

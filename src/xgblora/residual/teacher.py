@@ -35,7 +35,7 @@ class Teacher:
 
     def learn(self, seen: Observed, probabilities: Tensor) -> None:
         """Take ``probabilities`` (examples, options) as what is to be said of the examples of ``seen``."""
-        for example, row in zip((e for batch in seen.batches for e in batch.examples), probabilities, strict=True):
+        for example, row in zip(seen.examples, probabilities, strict=True):
             self._said[_asked(example)] = row[: len(example.options)]
 
     def knows(self, example: Example) -> bool:
@@ -75,21 +75,20 @@ def teach(
     forwards = Forwards(adapters, True, packed, lower_layers)
     fitted = [write is None for write in turned_down(adapters)]
     seen, unseen = (forwards.observe(rows, MOST_TAUGHT, fitted) for rows in (examples, held))
+    loss, check = (TailLoss(tail, each, True) for each in (seen, unseen))
     outputs: Tensor | None = None
     found: dict[bool, tuple[Tensor, Tensor, float]] = {}
-    for kept in (True, False):
+    for kept in (True,) if opinion == "keep" else (True, False):
         own, new = seen, unseen
         if outputs is not None:  # the directions are those found with its opinion
             own, new = (replace(each, hidden=without(each.hidden, outputs)) for each in (seen, unseen))
-        loss, check = (TailLoss(tail, each, True) for each in (own, new))
         learner = fit(own, loss, ridge, directions=directions, outputs=outputs)
         outputs = learner.outputs
         moved = new.hidden + learner.at(new.inputs) @ outputs
         said = loss.probabilities(own.hidden + learner.change @ outputs)
         found[kept] = said, check.probabilities(moved), check(moved)[0].double().mean().item()
-    losses = {kept: found[kept][2] for kept in found if opinion in ("auto", "keep" if kept else "drop")}
-    sequences = sum(batch.segments for each in (seen, unseen) for batch in each.batches)
-    teacher = Teacher(len(learner.outputs), losses, sequences, forwards.tokens)
+    losses = {kept: found[kept][2] for kept in found if not (kept and opinion == "drop")}
+    teacher = Teacher(len(learner.outputs), losses, len(seen.examples) + len(unseen.examples), forwards.tokens)
     said, said_unseen, _ = found[min(losses, key=losses.__getitem__)]
     teacher.learn(seen, said)
     teacher.learn(unseen, said_unseen)
