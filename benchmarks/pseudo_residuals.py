@@ -27,19 +27,16 @@ from xgblora.objectives import score_losses
 from xgblora.residual import Tail
 from xgblora.residual.activations import Forwards, Observed, TailLoss
 from xgblora.residual.boost import MOST_READS, put
-from xgblora.residual.fit import fit
+from xgblora.residual.fit import Kernel, fit
 from xgblora.residual.teacher import without
-from xgblora.residual.writers import turned_down
 from xgblora.run import Workspace
 
-BOTH = ["o_proj", "down_proj"]
 DROPPED = "attention, opinion dropped"
 TARGETS = {
     "attention": ["o_proj"],
     DROPPED: ["o_proj"],
     "MLP": ["down_proj"],
-    "attention and MLP": BOTH,
-    "attention, MLP turned down": BOTH,
+    "attention, MLP turned down": ["o_proj", "down_proj"],
 }
 FOLLOWED = ("attention, MLP turned down", "upper half", 3.0)
 LAYERS = {"upper half": 15, "all": 30}
@@ -71,16 +68,16 @@ def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) ->
             with inference_layout(model):
                 forwards = Forwards(adapters, True, True, None)
                 seen, held_out = forwards.observe(train, MOST_READS), forwards.observe(dev, MOST_READS)
+                kernel = Kernel(seen.inputs)
                 loss = TailLoss(tail, seen, classification=True)
-                own = turned_down(adapters) if kind == FOLLOWED[0] else None
                 before = predicted(tail, held_out)
                 outputs = None
                 if kind == DROPPED:
-                    outputs = fit(seen, loss, 1.0).outputs
+                    outputs = fit(seen, loss, 1.0, kernel=kernel).outputs
                     seen, held_out = (replace(o, hidden=without(o.hidden, outputs)) for o in (seen, held_out))
                 for ridge in RIDGES:
-                    learner = fit(seen, loss, ridge, own, outputs=outputs)
-                    after = predicted(tail, held_out, learner.at(held_out.inputs) @ learner.outputs)
+                    learner = fit(seen, loss, ridge, outputs=outputs, kernel=kernel)
+                    after = predicted(tail, held_out, learner.at(held_out) @ learner.outputs)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
                     if (kind, where, ridge) != FOLLOWED:

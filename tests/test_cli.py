@@ -418,8 +418,20 @@ def test_another_run_in_the_folder_is_refused(run: Run, small: list[str], tmp_pa
     code, _, err = run(*command, "--zo_eps", "5e-3")
     assert code == 2
     assert "holds a run of another configuration (zo_eps 0.001 -> 0.005)" in err
+    code, _, err = run(*command, *"--xgblora --recipe boost --boost_ridge 2".split())
+    assert code == 2
+    assert "holds a run of another configuration (recipe classic -> boost, boost_boosters None -> 4" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
     assert run(*command, "--zo_eps", "5e-3", "--overwrite_output_dir")[0] == 0
+
+
+def test_flags_of_the_other_recipe_do_not_make_another_run(run: Run, small: list[str], tmp_path: Path) -> None:
+    command = ["train", *small, "--max_steps", 2, "--output_dir", tmp_path]
+    assert run(*command)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del config["boost_ridge"]  # as an older version wrote it
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert run(*command, "--boost_boosters", 7)[0] == 0
 
 
 def test_a_diverging_run_stops_in_one_line(run: Run, small: list[str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from xgblora.objectives import divergences, option_scores
 from xgblora.packing import Batch, Example, build_batch, choose_route, read_hidden
 from xgblora.residual import Tail, boost, residual_writers, teach
 from xgblora.residual.activations import Forwards, TailLoss, last_layer, rows_read
-from xgblora.residual.boost import MOST_READS, line_search, shortest_as_good
+from xgblora.residual.boost import MOST_READS, line_search, put, shortest_as_good
 from xgblora.residual.fit import fit
 from xgblora.residual.writers import turned_down, written_along
 
@@ -51,7 +51,7 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, classificati
         loss = TailLoss(Tail(model, True), seen, classification)
         learner = fit(seen, loss, ridge=1.0)
         assert learner.outputs.norm().item() == pytest.approx(1, abs=1e-5)
-        change = learner.at(seen.inputs)
+        change = learner.at(seen)
         torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
         before, _ = loss(seen.hidden)
         after, gradient = loss(seen.hidden + learner.change @ learner.outputs)
@@ -71,20 +71,18 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
     with torch.no_grad():
         seen = Forwards(adapters, True, True, None).observe(examples(60), MOST_READS)
         loss = TailLoss(Tail(model, True), seen, True)
-        own = turned_down(adapters)
-        assert [write is None for write in own] == ["o_proj" in name for name in adapters.layers]
-        learner = fit(seen, loss, 1.0, own)
-        change = learner.at(seen.inputs)
+        assert turned_down(adapters) == ["down_proj" in name for name in adapters.layers]
+        learner = fit(seen, loss, 1.0)
+        change = learner.at(seen)
         torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
-        shares, opinion = [], torch.zeros(60)
-        for (layer, _, _), x, (a,), write in zip(adapters.slices, seen.inputs, learner.inputs, own, strict=True):
-            if write is not None:
-                along = layer.base_layer.weight.T @ learner.outputs[0]
-                shares.append(-(a @ along) / (along @ along))
-                torch.testing.assert_close(a, -shares[-1] * along, rtol=1e-3, atol=1e-5)
-                opinion -= x @ along
-        assert len(shares) == 2
-        assert shares[0].item() == pytest.approx(shares[1].item(), rel=1e-3)
+        put(adapters, learner, 1.0)
+        opinion = seen.written @ learner.outputs[0]
+        assert learner.share.abs() > 0.01
+        for name, layer in adapters.layers.items():
+            along = layer.base_layer.weight.T @ learner.outputs[0]
+            if "down_proj" in name:
+                torch.testing.assert_close(layer.lora_A[0], -learner.share * along, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(layer.lora_B[:, 0], learner.outputs[0] / layer.scaling)
         _, gradient = loss(seen.hidden + learner.change @ learner.outputs)
         slopes = gradient @ learner.outputs[0]
         assert abs(slopes @ opinion) < 1e-3 * slopes.abs() @ opinion.abs()
@@ -100,7 +98,7 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
     teacher = teach(adapters, rows, held, tail, opinion=opinion)
     with torch.no_grad():
         seen, unseen = (Forwards(adapters, True, True, None).observe(each, MOST_READS) for each in (rows, held))
-        seen, unseen = (replace(each, inputs=each.inputs[::2]) for each in (seen, unseen))  # the attention's
+        seen, unseen = (replace(each, written=None) for each in (seen, unseen))  # the attention's alone
         learner = fit(seen, TailLoss(tail, seen, True), 1.0, directions=4)
         assert teacher.directions == len(learner.outputs) == {"single": 1, "several": 2, "long": 4}[options]
         torch.testing.assert_close(learner.outputs @ learner.outputs.T, torch.eye(teacher.directions))
@@ -110,7 +108,7 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
         if opinion == "drop":
             learner = fit(seen, TailLoss(tail, seen, True), 1.0, outputs=learner.outputs)
         for each in (seen, unseen):
-            moved = each.hidden + learner.at(each.inputs) @ learner.outputs
+            moved = each.hidden + learner.at(each) @ learner.outputs
             asked = [example for batch in each.batches for example in batch.examples]
             batch = build_batch(asked, True)
             expected = tail.scores(moved, batch, False).softmax(1)
@@ -197,7 +195,7 @@ def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str, monke
 
 def test_mlp_layers_alone_are_fitted() -> None:
     adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["down_proj"], xgblora=True)
-    assert turned_down(adapters) == [None, None]
+    assert turned_down(adapters) == [False, False]
     found = boost(adapters, examples(60), examples(20, seed=9), Tail(adapters.model, True))
     assert found.after < found.before
 

@@ -403,8 +403,10 @@ class RunConfig(TrainingArguments):
 
 
 def identity(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The part of a ``config.json`` that decides what the run computes."""
-    return {name: value for name, value in resolved.items() if name not in NOT_PART_OF_A_RUNS_IDENTITY}
+    """The part of a ``config.json`` that decides what the run computes: without the flags of the other recipe, too."""
+    other: Recipe = "classic" if resolved.get("recipe") == "boost" else "boost"
+    without = NOT_PART_OF_A_RUNS_IDENTITY | of_recipe(other).keys()
+    return {name: value for name, value in resolved.items() if name not in without}
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:

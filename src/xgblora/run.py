@@ -234,7 +234,8 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     ours = config.identity()
     if config.train_as_classification is None:  # resolved by the task when the run began
         there["train_as_classification"] = None
-    different = sorted(name for name in ours.keys() | there.keys() if ours.get(name) != there.get(name))
+    different = [name for name in ours.keys() | there.keys() if ours.get(name) != there.get(name)]
+    different.sort(key=lambda name: (name != "recipe", name))  # flags of either recipe alone differ with it
     if different:
         shown = ", ".join(f"{n} {there.get(n)} -> {ours.get(n)}" for n in different[:3])
         raise XgbloraError(

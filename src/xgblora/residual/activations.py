@@ -17,6 +17,7 @@ from xgblora.lower_layers import LowerLayers
 from xgblora.models import decoder_layers
 from xgblora.objectives import hidden_scores, option_scores, score_losses
 from xgblora.packing import Batch, Example, build_batch, read_hidden, split_by_tokens
+from xgblora.residual.writers import turned_down, writes
 
 PART_TOKENS = 1024
 """Tokens of one forward."""
@@ -24,14 +25,16 @@ PART_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Observed:
-    """Activations where something is predicted, float32: T of them, in the order of the batches' ``read``.
+    """Activations where something is predicted: T of them, in the order of the batches' ``read``.
 
-    ``inputs``: (T, in) for each layer that trains. ``hidden``: (T, hidden) as the last decoder layer leaves it.
-    ``batches``: what was forwarded.
+    ``inputs``: (T, in) for each layer that is fitted, in the model's dtype. ``written``: (T, hidden) float32, what the
+    layers that are only turned down write together, without their biases; None without such layers. ``hidden``:
+    (T, hidden) float32, as the last decoder layer leaves it. ``batches``: what was forwarded.
     """
 
     batches: list[Batch]
     inputs: list[Tensor]
+    written: Tensor | None
     hidden: Tensor
 
     @property
@@ -60,25 +63,27 @@ class Forwards:
         with self.lower_layers.shared(batch, filled) if self.lower_layers else nullcontext():
             yield filled
 
-    def observe(self, examples: Sequence[Example], most: int, which: Sequence[bool] | None = None) -> Observed:
-        """One forward over as many of the examples as predict no more than ``most`` tokens.
-
-        ``which``: of the layers that train, those whose inputs are kept; default all.
-        """
+    def observe(self, examples: Sequence[Example], most: int) -> Observed:
+        """One forward over as many of the examples as predict no more than ``most`` tokens."""
         layers = [layer for layer, _, _ in self.adapters.slices]
-        layers = layers if which is None else list(compress(layers, which))
-        inputs: list[list[Tensor]] = [[] for _ in layers]
+        down = turned_down(self.adapters)
+        inputs: list[list[Tensor]] = [[] for _ in range(down.count(False))]
+        written: list[Tensor] = []
         hidden: list[Tensor] = []
         batches = []
         for each in parts(_within(examples, most), self.packed):
             batch = each.to(self.adapters.device)
-            with self._ready(batch) as filled, _inputs(layers) as entered, last_layer(self.adapters.model) as last:
+            with self._ready(batch) as filled, _inputs(layers, batch) as read, last_layer(self.adapters.model) as last:
                 read_hidden(self.adapters.model, filled)
-            for rows, x in zip(inputs, entered, strict=True):
-                rows.append(rows_read(x, batch))
-            hidden.append(rows_read(last[-1], batch))
+            for rows, x in zip(inputs, compress(read, (not only for only in down)), strict=True):
+                rows.append(x)
+            if any(down):
+                told = [writes(layer, x) for layer, x in compress(zip(layers, read, strict=True), down)]
+                written.append(torch.stack(told).sum(0))
+            hidden.append(rows_read(last[-1], batch).float())
             batches.append(batch)
-        return Observed(batches, [torch.cat(rows) for rows in inputs], torch.cat(hidden))
+        together = torch.cat(written) if written else None
+        return Observed(batches, [torch.cat(rows) for rows in inputs], together, torch.cat(hidden))
 
     def scores(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Each of ``batches`` with its option scores (examples, options)."""
@@ -112,7 +117,7 @@ class Tail(nn.Module):
                 handle.remove()
         self.model = [model]  # in a list: not a submodule
         self.steps = nn.ModuleList(copy.deepcopy(module).float() for module in called)
-        found = self(rows_read(last[-1], batch))
+        found = self(rows_read(last[-1], batch).float())
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=0.02):
             raise XgbloraError(
                 f"--recipe boost cannot follow what {type(model).__name__} does after its last layer: use --recipe "
@@ -193,8 +198,8 @@ class TailLoss:
 
 
 def rows_read(activation: Tensor, batch: Batch) -> Tensor:
-    """The positions of an activation (..., width) where ``batch`` predicts something: (reads, width) float32."""
-    return activation.reshape(-1, activation.shape[-1])[batch.read].float()
+    """The positions of an activation (..., width) where ``batch`` predicts something: (reads, width)."""
+    return activation.reshape(-1, activation.shape[-1])[batch.read]
 
 
 def _within(examples: Sequence[Example], reads: int) -> list[Example]:
@@ -215,10 +220,12 @@ def parts(examples: Sequence[Example], packed: bool) -> Iterator[Batch]:
 
 
 @contextmanager
-def _inputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What enters each of ``layers``, which a model runs in this order, in the one forward inside the block."""
+def _inputs(layers: Sequence[nn.Module], batch: Batch) -> Iterator[list[Tensor]]:
+    """What enters each of ``layers``, which a model runs in this order, where ``batch`` predicts, in one forward."""
     found: list[Tensor] = []
-    handles = [layer.register_forward_pre_hook(lambda _, args: found.append(args[0])) for layer in layers]
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: found.append(rows_read(args[0], batch))) for layer in layers
+    ]
     try:
         yield found
     finally:

@@ -14,7 +14,7 @@ from xgblora.packing import Example
 from xgblora.residual.activations import Forwards, Tail, TailLoss, parts
 from xgblora.residual.fit import Learner, fit
 from xgblora.residual.teacher import Teacher
-from xgblora.residual.writers import require_writers, turned_down
+from xgblora.residual.writers import require_writers, turned_down, written_along
 
 MOST_READS = 2048
 """Predicting positions that one booster is fitted on at most: the fit takes time with the third power of them."""
@@ -72,13 +72,14 @@ def boost(
     seen = forwards.observe(examples, MOST_READS)
     labelled = TailLoss(tail, seen, classification)
     loss = labelled if teacher is None else TailLoss(tail, seen, classification, teacher.targets(seen.examples))
-    learner = fit(seen, loss, ridge, turned_down(adapters))
+    learner = fit(seen, loss, ridge)
+    put(adapters, learner, 0.0)
     batches = list(parts(searched, packed))
     losses: dict[float, Tensor] = {}
 
     def loss_at(step: float) -> float:
         if step not in losses:
-            put(adapters, learner, step)
+            step_by(adapters, learner, step)
             found = []
             for batch, scores in forwards.scores(batches):
                 targets = None if teacher is None else teacher.targets(batch.examples)
@@ -88,7 +89,7 @@ def boost(
 
     best = line_search(loss_at, step_length)
     chosen = shortest_as_good(losses, best) if teacher is None else best  # a teacher's words carry no chance
-    put(adapters, learner, chosen * shrinkage)
+    step_by(adapters, learner, chosen * shrinkage)
     return Boost(
         loss=labelled(seen.hidden)[0].double().mean().item(),
         before=losses[0.0].mean().item(),
@@ -139,9 +140,22 @@ def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:
 
 
 def put(adapters: Adapters, learner: Learner, step: float) -> None:
-    """The learner as the pair in training: A = a_m, B = step * u / scaling; zero in layers that do not train."""
+    """The learner as the pair in training: A = a_m, B = step * u / scaling; zero in layers that do not train.
+
+    In layers that are turned down, a_m = -gamma W_m^T u.
+    """
+    inputs = iter(learner.inputs)
+    for (layer, _, _), down in zip(adapters.slices, turned_down(adapters), strict=True):
+        if down:
+            layer.lora_A.copy_(-learner.share * written_along(layer, learner.outputs[0], adapters.model.dtype))
+        else:
+            layer.lora_A.copy_(next(inputs))
+    step_by(adapters, learner, step)
+
+
+def step_by(adapters: Adapters, learner: Learner, step: float) -> None:
+    """The learner that was put there, with another step."""
     for layer in adapters.layers.values():
         layer.lora_B.zero_()
-    for (layer, _, _), a in zip(adapters.slices, learner.inputs, strict=True):
-        layer.lora_A.copy_(a)
+    for layer, _, _ in adapters.slices:
         layer.lora_B.copy_(step / layer.scaling * learner.outputs.T)

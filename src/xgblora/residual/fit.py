@@ -1,7 +1,8 @@
 """The weak learner: a few directions, and a linear function of layer inputs along each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,75 +17,100 @@ MINOR = 0.01
 class Learner:
     """``outputs``: directions u, (directions, hidden), of length 1 and at right angles to each other.
 
-    ``inputs``: a_m, (directions, in) for each layer. ``change``: f, (T, directions).
+    ``inputs``: a_m, (directions, in) for each layer that is fitted. ``share``: gamma, (directions,), of what the layers
+    that are turned down write along u. ``change``: f, (T, directions).
     """
 
     outputs: Tensor
     inputs: list[Tensor]
+    share: Tensor
     change: Tensor
 
-    def at(self, inputs: Sequence[Tensor]) -> Tensor:
-        """f (T, directions) of other inputs, (T, in) for each layer."""
-        return torch.stack([x @ a.T for x, a in zip(inputs, self.inputs, strict=True)]).sum(0)
+    def at(self, seen: Observed) -> Tensor:
+        """f (T, directions) of other examples."""
+        found = torch.stack([x.float() @ a.T for x, a in zip(seen.inputs, self.inputs, strict=True)]).sum(0)
+        return found if seen.written is None else found - self.share * (seen.written @ self.outputs.T)
+
+
+class Kernel:
+    """The examples' likeness to a linear function of layer inputs: scaled so that every layer counts alike.
+
+    Inputs of a layer are divided by their mean distance from their mean; they keep their mean, which serves as the
+    intercept. ``variance``: the mean squared distance of the scaled inputs from their mean, 0 where all examples look
+    alike.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        """``inputs``: (T, in) for each layer. The Gram matrix (T, T) is of float64, for the sake of its root."""
+        count = len(inputs[0])
+        self.gram = torch.zeros(count, count, dtype=torch.float64, device=inputs[0].device)
+        self.scales: list[float] = []
+        self.variance = 0.0
+        for x in inputs:
+            whole = x.float()
+            centred = whole - whole.mean(0)
+            spread = centred.norm(dim=1).mean().item()
+            # The first layer may see one input in all examples, at a prompt's last word: nothing to learn.
+            flat = spread <= 1e-5 * whole.norm(dim=1).mean().item()
+            scale = 0.0 if flat else 1 / spread / len(inputs) ** 0.5
+            self.scales.append(scale)
+            if not flat:
+                scaled = x.double() * scale
+                self.gram.addmm_(scaled, scaled.T)
+                self.variance += (centred * scale).square().sum(1).mean().item()
+        # A little more on its diagonal makes examples that look alike to the layers differ by rounding alone.
+        self.gram.diagonal().add_(1e-9 * self.gram.diagonal().mean())
+
+    @cached_property
+    def cholesky(self) -> Tensor:
+        """The lower root (T, T) of the Gram matrix, float64."""
+        return torch.linalg.cholesky(self.gram)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The same, float32."""
+        return self.cholesky.float()
+
+    def fitted(self, values: Tensor, penalty: float) -> Tensor:
+        """The ridge regression of ``values`` (T, n) on the inputs: K (K + penalty)^-1 values, float64."""
+        ridged = self.gram.clone()
+        ridged.diagonal().add_(penalty)
+        values = values.double()
+        return values - penalty * torch.cholesky_solve(values, torch.linalg.cholesky(ridged, out=ridged))
 
 
 def fit(
     seen: Observed,
     loss: TailLoss,
     ridge: float,
-    own: Sequence[Callable[[Tensor], Tensor] | None] | None = None,
     directions: int = 1,
     outputs: Tensor | None = None,
+    kernel: Kernel | None = None,
 ) -> Learner:
     """The learner that lowers the loss of final hidden states h_t + sum_r f_tr u_r most, f_tr = sum_m a_mr . x_t^m.
 
-    Inputs of a layer are divided by their mean distance from their mean, so that every layer counts alike; they keep
-    their mean, which serves as the intercept. The penalty is ridge * variance * curvature / 2 * sum |a_m|^2, with the
-    mean squared distance of the scaled inputs from their mean and the loss's second derivative along u: both make
-    ``ridge`` a number without units.
+    The penalty is ridge * variance * curvature / 2 * sum |a_m|^2 in units of :class:`Kernel`, with its variance and the
+    loss's second derivative along u: both make ``ridge`` a number without units. What the layers that are turned down
+    write along u is taken away by one share gamma for each u, which is not penalised.
 
-    ``own``: what :func:`turned_down` says of each layer. Layers that it names are turned down instead, all by one share
-    gamma for each u, which is not penalised: a_m = -gamma W_m^T u. ``directions``: at most so many, and only those that
-    explain MINOR of all that inputs explain; ``outputs``: they are these, (directions, hidden).
+    ``directions``: at most so many, and only those that explain MINOR of all that inputs explain; ``outputs``: they are
+    these, (directions, hidden). ``kernel``: that of the inputs of ``seen``, where it serves several fits.
     """
-    own = own or [None] * len(seen.inputs)
-    scales = []
-    gram = seen.hidden.new_zeros(len(seen.hidden), len(seen.hidden), dtype=torch.float64)
-    variance = 0.0
-    for x, write in zip(seen.inputs, own, strict=True):
-        centred = x - x.mean(0)
-        spread = centred.norm(dim=1).mean()
-        # A layer may see the same input in every example (the first one, at a prompt's last word): nothing to learn.
-        flat = write is not None or spread <= 1e-5 * x.norm(dim=1).mean()
-        scale = torch.zeros_like(spread) if flat else 1 / spread / own.count(None) ** 0.5
-        scales.append(scale)
-        if not flat:
-            scaled = x.double() * scale  # in float32 the rounding of its products may leave it without a Cholesky root
-            gram += scaled @ scaled.T
-            variance += (centred * scale).square().sum(1).mean().item()
+    kernel = kernel or Kernel(seen.inputs)
     _, uphill = loss(seen.hidden)
-    if variance == 0:  # all examples look alike to these layers
-        width = seen.hidden.shape[1]
-        none = [torch.zeros_like(x[:1]) for x in seen.inputs]
-        return Learner(torch.eye(1, width, device=gram.device), none, torch.zeros_like(seen.hidden[:, :1]))
-    penalty = ridge * variance
+    if kernel.variance == 0:  # all examples look alike to these layers
+        outputs = torch.eye(1, seen.hidden.shape[1], device=seen.hidden.device)
+        none = [x.new_zeros(1, x.shape[1], dtype=torch.float32) for x in seen.inputs]
+        return Learner(outputs, none, outputs.new_zeros(1), torch.zeros_like(seen.hidden[:, :1]))
+    penalty = ridge * kernel.variance
     if outputs is None:
-        outputs = _explaining(gram, penalty, -uphill, directions)
-    count = len(outputs)
+        outputs = _explaining(kernel, penalty, -uphill, directions)
+    weight = penalty * torch.tensor([loss.curvature(seen.hidden, u) for u in outputs], device=outputs.device)
 
-    # f = root @ b and sum |a_m|^2 = |b|^2 with the Gram matrix = root @ root.T; a little more on its diagonal makes
-    # examples that look alike to the layers differ by rounding alone.
-    gram.diagonal().add_(1e-9 * gram.diagonal().mean())
-    cholesky = torch.linalg.cholesky(gram)
-    root = cholesky.float()
-    weight = penalty * torch.tensor([loss.curvature(seen.hidden, u) for u in outputs], device=root.device)
-    written = [None if write is None else [write(u) for u in outputs] for write in own]
-    opinion = torch.zeros_like(seen.hidden[:, :count])
-    for x, w in zip(seen.inputs, written, strict=True):
-        if w is not None:
-            opinion += x @ torch.stack(w, dim=1)
+    root = kernel.root  # f = root @ b and sum |a_m|^2 = |b|^2 with the Gram matrix = root @ root.T
+    opinion = seen.hidden.new_zeros(len(root), 1) if seen.written is None else seen.written @ outputs.T
     unit = root.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # the size of the others together
-    b = nn.Parameter(root.new_zeros(len(root) + 1, count))  # last row: gamma / unit
+    b = nn.Parameter(root.new_zeros(len(root) + 1, len(outputs)))  # last row: gamma / unit
     optimizer = torch.optim.LBFGS([b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def change(b: Tensor) -> Tensor:
@@ -99,20 +125,14 @@ def fit(
 
     optimizer.step(closure)
     found = b.detach()
-    dual = torch.linalg.solve_triangular(cholesky.T, found[:-1].double(), upper=True).float()
-    inputs = [
-        scale**2 * (dual.T @ x) if w is None else -(unit * found[-1])[:, None] * torch.stack(w)
-        for x, scale, w in zip(seen.inputs, scales, written, strict=True)
-    ]
-    return Learner(outputs, inputs, change(found))
+    dual = torch.linalg.solve_triangular(kernel.cholesky.T, found[:-1].double(), upper=True).float()
+    inputs = [scale**2 * (dual.T @ x.float()) for x, scale in zip(seen.inputs, kernel.scales, strict=True)]
+    return Learner(outputs, inputs, unit * found[-1], change(found))
 
 
-def _explaining(gram: Tensor, penalty: float, residual: Tensor, most: int) -> Tensor:
-    """Directions (directions, hidden) of a reduced-rank ridge regression of (T, hidden) on inputs of a Gram matrix."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(penalty)
-    fitted = gram @ torch.cholesky_solve(residual.double(), torch.linalg.cholesky(ridged))
-    _, sizes, found = torch.linalg.svd(fitted, full_matrices=False)
+def _explaining(kernel: Kernel, penalty: float, residual: Tensor, most: int) -> Tensor:
+    """Directions (directions, hidden) of a reduced-rank ridge regression of (T, hidden) on a kernel's inputs."""
+    _, sizes, found = torch.linalg.svd(kernel.fitted(residual, penalty), full_matrices=False)
     kept = int((sizes.square() >= MINOR * sizes.square().sum()).sum())
     outputs = found[: max(1, min(most, kept))].float()
     return torch.where((residual @ outputs.T).sum(0)[:, None] < 0, -outputs, outputs)

@@ -11,8 +11,7 @@ from xgblora.adapters import Adapters
 from xgblora.lower_layers import LowerLayers
 from xgblora.packing import Example
 from xgblora.residual.activations import Forwards, Observed, Tail, TailLoss
-from xgblora.residual.fit import fit
-from xgblora.residual.writers import turned_down
+from xgblora.residual.fit import Kernel, fit
 
 MOST_TAUGHT = 4096
 """Predicting positions that a teacher is fitted on at most."""
@@ -73,8 +72,8 @@ def teach(
     loss on ``held``, which nothing is fitted on.
     """
     forwards = Forwards(adapters, True, packed, lower_layers)
-    fitted = [write is None for write in turned_down(adapters)]
-    seen, unseen = (forwards.observe(rows, MOST_TAUGHT, fitted) for rows in (examples, held))
+    seen, unseen = (replace(forwards.observe(rows, MOST_TAUGHT), written=None) for rows in (examples, held))
+    kernel = Kernel(seen.inputs)
     loss, check = (TailLoss(tail, each, True) for each in (seen, unseen))
     outputs: Tensor | None = None
     found: dict[bool, tuple[Tensor, Tensor, float]] = {}
@@ -82,9 +81,9 @@ def teach(
         own, new = seen, unseen
         if outputs is not None:  # the directions are those found with its opinion
             own, new = (replace(each, hidden=without(each.hidden, outputs)) for each in (seen, unseen))
-        learner = fit(own, loss, ridge, directions=directions, outputs=outputs)
+        learner = fit(own, loss, ridge, directions, outputs, kernel)
         outputs = learner.outputs
-        moved = new.hidden + learner.at(new.inputs) @ outputs
+        moved = new.hidden + learner.at(new) @ outputs
         said = loss.probabilities(own.hidden + learner.change @ outputs)
         found[kept] = said, check.probabilities(moved), check(moved)[0].double().mean().item()
     losses = {kept: found[kept][2] for kept in found if not (kept and opinion == "drop")}

@@ -1,8 +1,5 @@
 """The layers that write to the residual stream, and what they write along a direction of it."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -59,31 +56,30 @@ def require_writers(adapters: Adapters) -> None:
             )
 
 
-def turned_down(adapters: Adapters) -> list[Callable[[Tensor], Tensor] | None]:
-    """For each layer that trains: :func:`written_along` of it where it is only turned down, None where it is fitted.
+def turned_down(adapters: Adapters) -> list[bool]:
+    """For each layer that trains, in the order of ``slices``: whether it is only turned down, not fitted.
 
-    MLP layers are turned down, beside attention layers that are fitted; alone they are fitted themselves.
+    MLP layers are, beside attention layers that are fitted; alone they are fitted themselves.
     """
     names = {layer: name for name, layer in adapters.layers.items()}
-    own: list[Callable[[Tensor], Tensor] | None] = [
-        partial(written_along, layer, dtype=adapters.model.dtype)
-        if any(_is_called(names[layer], writer) for writer in MLP_WRITERS)
-        else None
-        for layer, _, _ in adapters.slices
-    ]
-    return own if None in own else [None] * len(own)
+    down = [any(_is_called(names[layer], writer) for writer in MLP_WRITERS) for layer, _, _ in adapters.slices]
+    return [False] * len(down) if all(down) else down
 
 
-def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
-    """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs.
+def writes(layer: AdaptedLinear, x: Tensor) -> Tensor:
+    """W x, (T, out) float32, of the base layer and inputs (T, in) in the model's dtype.
 
     The layer is asked, not its weight, so that a quantised one answers, too.
     """
+    bias = layer.base_layer(torch.zeros_like(x[:1]))
+    return layer.base_layer(x).float() - bias.float()
+
+
+def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs."""
     width = layer.in_features
     units = torch.zeros(min(width, PART_UNITS), width, dtype=dtype, device=output.device)
-    bias = layer.base_layer(units[:1]).float() @ output
     found = []
     for part in torch.arange(width, device=output.device).split(len(units)):
-        rows = units[: len(part)].zero_().scatter_(1, part[:, None], 1)
-        found.append(layer.base_layer(rows).float() @ output)
-    return torch.cat(found) - bias
+        found.append(writes(layer, units[: len(part)].zero_().scatter_(1, part[:, None], 1)) @ output)
+    return torch.cat(found)
