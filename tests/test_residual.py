@@ -75,9 +75,19 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
         learner = fit(seen, loss, 1.0)
         change = learner.at(seen)
         torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
+        assert learner.share.abs() > 0.01
+        wrote: list[torch.Tensor] = []
+        for name, layer in adapters.layers.items():
+            if "down_proj" in name:
+                weight = layer.base_layer.weight
+                layer.register_forward_pre_hook(lambda _, args, weight=weight: wrote.append(args[0] @ weight.T))
+        put(adapters, learner, 0.0)
+        for batch in seen.batches:
+            read_hidden(model, batch)
+        found = [rows_read(sum(wrote[2 * i : 2 * i + 2]), batch) for i, batch in enumerate(seen.batches)]
+        torch.testing.assert_close(seen.written, torch.cat(found), rtol=1e-3, atol=1e-4)
         put(adapters, learner, 1.0)
         opinion = seen.written @ learner.outputs[0]
-        assert learner.share.abs() > 0.01
         for name, layer in adapters.layers.items():
             along = layer.base_layer.weight.T @ learner.outputs[0]
             if "down_proj" in name:
