@@ -119,10 +119,9 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
             learner = fit(seen, TailLoss(tail, seen, True), 1.0, outputs=learner.outputs)
         for each in (seen, unseen):
             moved = each.hidden + learner.at(each) @ learner.outputs
-            asked = [example for batch in each.batches for example in batch.examples]
-            batch = build_batch(asked, True)
+            batch = build_batch(each.examples, True)
             expected = tail.scores(moved, batch, False).softmax(1)
-            torch.testing.assert_close(teacher.targets(asked), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(teacher.targets(each.examples), expected, rtol=1e-3, atol=1e-4)
     found = teacher.targets(held)[range(20), [example.label for example in held]].log().mean().item()
     assert teacher.losses == {opinion == "keep": pytest.approx(-found, rel=1e-4)}
     assert teacher.sequences == 80
