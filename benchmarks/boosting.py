@@ -1,6 +1,6 @@
 """Methods against each other within the work of 500 two-sided steps of 16 examples, counted in tokens forwarded.
 
-    python benchmarks/boosting.py [--tasks RottenTomatoes IMDB60 DebianSections] [--methods boost zo_lora_r1 ...]
+    python benchmarks/boosting.py [--tasks RottenTomatoes IMDB40 DebianSections] [--methods boost zo_lora_r1 ...]
                                   [--seeds 0 1 2 3 4] [--output_root runs/boosting]
 
 SmolLM2-135M in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows; every seed draws its own training and
@@ -98,6 +98,8 @@ class Runs:
         flags, tuned, _ = METHODS[method]
         folder = self.root / f"{method}_{tuned}_{value:g}_seed{seed}"
         values = COMMON | {"task_name": self.task, "max_steps": self.steps} | flags
+        if method == "boost" and len(TASKS[self.task].options) > 2:
+            values["boost_boosters"] = 8  # two for each of the four directions of five options' scores
         values |= {tuned: value, "seed": seed, "train_set_seed": seed, "output_dir": str(folder)}
         config = RunConfig(**values)
         found = finished_metrics(config)

@@ -1,6 +1,6 @@
 """Two tasks beside the package's own, from text that comes with package registries.
 
-IMDB60: the first 60 words of 25,000 film reviews, negative or positive, from the wheel that holds Rotten Tomatoes.
+IMDB40: the first 40 words of 25,000 film reviews, negative or positive, from the wheel that holds Rotten Tomatoes.
 DebianSections: one-line descriptions of Debian packages, and which of five sections the package is in; from the
 package index of a Debian machine (``apt-cache dumpavail``). One package a source, at most 600 a section.
 """
@@ -18,7 +18,7 @@ from xgblora.tasks import TASKS
 from xgblora.tasks.rotten_tomatoes import hold_out, reviews
 from xgblora.tasks.task import Task
 
-WORDS = 60
+WORDS = 40
 SECTIONS = ("games", "sound", "science", "net", "fonts")
 MOST_OF_A_SECTION = 600
 
@@ -46,15 +46,14 @@ def _sections() -> Mapping[str, Dataset]:
     return hold_out(Dataset.from_list(kept), 1000)
 
 
-IMDB60 = Task("IMDB60", "text", "label", "{text} It was", (" terrible", " great"), _imdb)
+IMDB40 = Task("IMDB40", "{{ text | trim }} It was", ("terrible", "great"), "label", _imdb)
 DEBIAN_SECTIONS = Task(
     "DebianSections",
-    "text",
+    "{{ text | trim }}. This is software for",
+    ("games", "sound", "science", "networks", "fonts"),
     "label",
-    "{text}. This is software for",
-    (" games", " sound", " science", " networks", " fonts"),
     _sections,
 )
 
-for task in (IMDB60, DEBIAN_SECTIONS):
+for task in (IMDB40, DEBIAN_SECTIONS):
     TASKS[task.name] = task

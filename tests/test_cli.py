@@ -291,7 +291,7 @@ def test_xgblora_with_another_rank_warns(run: Run, small: list[str], tmp_path: P
 
 
 BAD_FLAGS = [
-    ("--task_name Nope", "unknown task 'Nope': choose one of RottenTomatoes, SST2"),
+    ("--task_name Nope", "unknown task 'Nope': choose one of AGNews, BoolQ, CB"),
     ("--nope 3", "unknown argument '--nope'"),
     ("--zo_eps 0", "--zo_eps must be a positive number, got 0.0"),
     ("--zo_eps -1e-3", "--zo_eps must be a positive number, got -0.001"),
@@ -346,14 +346,19 @@ BAD_DATA = [
     (
         "train.jsonl",
         '{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 2}\n',
-        "train.jsonl, row 2: label 2 is not one of 0 to 1, the options ' terrible', ' great'",
+        "train.jsonl, row 2: the answer 2 is not one of 0 to 1, the options 'terrible', 'great'",
     ),
-    ("train.jsonl", '{"sentence": "a", "label": "good"}\n', "row 1: label 'good' is not one of 0 to 1"),
-    ("train.jsonl", '{"sentence": "a", "label": null}\n', "row 1: label None is not one of 0 to 1"),
-    ("train.jsonl", '{"sentence": "  ", "label": 1}\n', "row 1: column 'sentence' holds no text"),
-    ("train.jsonl", '{"sentence": 5, "label": 1}\n', "row 1: column 'sentence' holds no text, but 5"),
+    (
+        "train.jsonl",
+        '{"sentence": "a", "label": "good"}\n',
+        "row 1: the answer 'good' is not one of the options 'terrible', 'great'",
+    ),
+    ("train.jsonl", '{"sentence": "a", "label": null}\n', "row 1: column 'label' is empty"),
+    ("train.jsonl", '{"sentence": "  ", "label": 1}\n', "row 1: column 'sentence' is empty"),
+    ("train.jsonl", '{"sentence": "a\\u0000b", "label": 1}\n', "row 1: the prompt holds a NUL byte"),
+    ("train.jsonl", '{"sentence": "a", "label": [0, 1, 2]}\n', "row 1: the answer 2 is not one of 0 to 1"),
     ("train.csv", "sentence,label\n", "has no rows"),
-    ("train.csv", "sentence,label\nfine,-1\n", "row 1: label -1 is not one of 0 to 1"),
+    ("train.csv", "sentence,label\nfine,-1\n", "row 1: the answer -1 is not one of 0 to 1"),
     ("train.parquet", "this is not parquet", "cannot read"),
 ]
 

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from conftest import ARCHITECTURES, build, byte_tokenizer, examples
-from xgblora import Example, LayerSubset, Ledger, attach, evaluate, evaluate_stages, predict
-from xgblora.tasks import TASKS
+from xgblora import Example, LayerSubset, Ledger, XgbloraError, attach, evaluate, evaluate_stages, predict
+from xgblora.tasks import TASKS, Task
 
 
 def test_batches_and_layout_do_not_matter(architecture: PreTrainedConfig) -> None:
@@ -47,6 +47,16 @@ def test_predictions_are_options() -> None:
     found = predict(model, byte_tokenizer(), task, ["fine", "bad", "so"])
     assert len(found) == 3
     assert set(found) <= set(task.options)
+
+
+def test_rows_without_answers_are_predicted() -> None:
+    model = build(ARCHITECTURES["llama"])
+    task = Task("T", "{{ a }} {{ b }} is", "choices", "label", source=dict)
+    rows = [{"a": "x", "b": "y", "choices": ["one", "two", "three"]}, {"a": "z", "b": "y", "choices": ["four", "five"]}]
+    found = predict(model, byte_tokenizer(), task, rows)
+    assert [answer in row["choices"] for answer, row in zip(found, rows, strict=True)] == [True, True]
+    with pytest.raises(XgbloraError, match=r"T asks by several columns \(a, b, choices\): give rows"):
+        predict(model, byte_tokenizer(), task, ["x"])
 
 
 @pytest.mark.parametrize("subset", [None, LayerSubset(1, "top")])

@@ -9,25 +9,25 @@ from datasets import Dataset
 
 from conftest import LogLines, byte_tokenizer, write_rows
 from xgblora import XgbloraError, encode, get_task, load_model, load_splits, sample
-from xgblora.tasks import TASKS, Task
+from xgblora.tasks import TASKS, Question, Task
 
 SST2 = TASKS["SST2"]
 
 
 def task(*options: str) -> Task:
-    return Task("T", "sentence", "label", "{sentence} It was", options, source=dict)
+    return Task("T", "{{ sentence | trim }} It was", options, "label", source=dict)
 
 
 @pytest.mark.parametrize("name", ["SST2", "sst2", "RottenTomatoes"])
 def test_prompts_are_as_documented(name: str) -> None:
-    found = get_task(name)
-    row = {found.text_column: " a lovely film \n", "label": 1}
-    assert found.render(row) == "a lovely film It was"
-    assert found.options == (" terrible", " great")
+    column = "text" if name == "RottenTomatoes" else "sentence"
+    found = get_task(name).question({column: " a lovely film \n", "label": 1})
+    assert found == Question("a lovely film It was", (" terrible", " great"), (1,))
 
 
 def test_braces_and_quotes_in_a_text_are_text() -> None:
-    assert SST2.render({"sentence": 'a {weird} "film" 100%', "label": 0}) == 'a {weird} "film" 100% It was'
+    question = SST2.question({"sentence": 'a {{ weird }} {% "film" 100%', "label": 0})
+    assert question.prompt == 'a {{ weird }} {% "film" 100% It was'
 
 
 def test_examples_hold_prompt_and_options() -> None:
@@ -57,7 +57,7 @@ def test_long_prompts_lose_their_beginning_with_one_counted_warning(log_lines: L
     assert [len(e.prompt) + 1 for e in found] == [20, 10, 20]
     assert tokenizer.decode(found[0].prompt) == "890123456789 It was"
     assert tokenizer.decode(found[0].prompt).endswith("456789 It was")
-    assert log_lines.lines == ["2 of 3 prompts were longer than 19 tokens and lost their beginning"]
+    assert log_lines.lines == ["2 of 3 prompts were longer than 20 tokens with their options and lost their beginning"]
 
 
 def test_a_first_special_token_survives_the_cut() -> None:
@@ -77,9 +77,9 @@ def test_a_first_special_token_survives_the_cut() -> None:
 @pytest.mark.parametrize(
     ("options", "length", "message"),
     [
-        ((" " + "very " * 20, " great"), 64, "need 101 tokens, which leaves no room for a prompt within 64"),
-        (("", " great"), 64, "the option '' of T has no tokens"),
-        ((" great", " great"), 64, "the options ' great' and ' great' of T have equal tokens"),
+        (("very " * 20, "great"), 64, "T, row 1: the options need 100 tokens, which leaves no room for a prompt"),
+        (("", "great"), 64, "T, row 1: an option is empty"),
+        (("great", " great"), 64, "T, row 1: the option 'great' is there twice"),
     ],
 )
 def test_unusable_options_are_refused(options: tuple[str, ...], length: int, message: str) -> None:
@@ -122,8 +122,9 @@ def test_samples_are_disjoint_and_follow_their_seed() -> None:
 def test_a_small_train_split_is_shared_out_with_a_warning(log_lines: LogLines) -> None:
     pool = Dataset.from_list([{"sentence": str(i), "label": i % 2} for i in range(30)])
     found = sample({"train": pool, "test": pool}, 100, 50, 10, 0)
-    assert (len(found.train), len(found.dev)) == (20, 10)
-    assert log_lines.containing("fewer than the 100 + 50 asked for: 20 train and 10 dev rows are used")
+    assert (len(found.train), len(found.dev)) == (18, 12)
+    assert log_lines.containing("fewer than the 100 + 50 asked for: 18 train and 12 dev rows are used")
+    assert len(sample({"train": pool, "test": pool}, 100, 5, 10, 0).dev) == 5, "as asked for, where it is small"
 
 
 def test_rotten_tomatoes_is_real_balanced_and_split() -> None:

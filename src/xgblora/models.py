@@ -7,6 +7,7 @@ import itertools
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,24 +34,42 @@ def load_model(name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32) -
     cannot be had or read.
     """
     path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
-    try:
+    with _reading("model", name):
         if path.suffix.lower() == ".gguf":
             folder = _converted(path) if name == EMBEDDED_MODEL else None
             model, tokenizer = _read_folder(str(folder), dtype) if folder else _read_gguf(path, dtype)
         else:
             model, tokenizer = _read_folder(name, dtype)
-    except XgbloraError:
-        raise
-    except Exception as error:  # every reader below raises its own kinds for a missing, corrupt or foreign file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise XgbloraError(
-            f"cannot load the model {name!r}: {reason[:300]} (give a hub id, a folder or a .gguf file)"
-        ) from error
     model.requires_grad_(False)
     # Tensors mapped from a file keep all of it in memory while one of them lives: own copies are freed one by one.
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str = EMBEDDED_MODEL) -> Tokenizer:
+    """The tokenizer of a model that :func:`load_model` takes, without its weights. Raises as that does."""
+    path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
+    with _reading("tokenizer of", name):
+        if name == EMBEDDED_MODEL:
+            return AutoTokenizer.from_pretrained(str(_converted(path)))
+        if path.suffix.lower() == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Every reader raises its own kinds for a missing, corrupt or foreign file: one line for all."""
+    try:
+        yield
+    except XgbloraError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise XgbloraError(
+            f"cannot load the {what} {name!r}: {reason[:300]} (give a hub id, a folder or a .gguf file)"
+        ) from error
 
 
 def embedded_model_file() -> Path:

@@ -34,13 +34,15 @@ class Example:
     """One tokenised example.
 
     ``prompt``: token ids. ``options``: token ids of each candidate answer (none empty). ``label``: index of the
-    correct one. ``score_prompt``: count the prompt's own tokens, too, in the options' log-probabilities.
+    correct one, which is trained on; ``also_correct``: further ones. ``score_prompt``: count the prompt's own tokens,
+    too, in the options' log-probabilities.
     """
 
     prompt: Sequence[int]
     options: Sequence[Sequence[int]]
     label: int
     score_prompt: bool = False
+    also_correct: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:

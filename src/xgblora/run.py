@@ -15,13 +15,13 @@ from xgblora.adapters import Adapters, LayerSubset, attach
 from xgblora.boosters import Ledger, start_from
 from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
-from xgblora.evaluation import Evaluation, evaluate
+from xgblora.evaluation import Evaluation, evaluate, score
 from xgblora.files import write_json
 from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
 from xgblora.residual import require_writers, residual_writers
-from xgblora.tasks import encode, get_task, load_splits, sample
+from xgblora.tasks import encode, get_task, load_splits, load_task, sample
 from xgblora.trainer import Trainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,10 @@ class Workspace:
         if config.disable_tqdm:
             datasets.disable_progress_bars()
             transformers.logging.disable_progress_bar()
-        self.task = get_task(config.task_name)
+        self.task = load_task(config.task_file) if config.task_file else get_task(config.task_name)
         splits = load_splits(self.task, config.data_dir)
-        samples = sample(splits, config.num_train, config.num_dev, config.num_eval, config.train_set_seed)
+        self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
+        samples = sample(splits, config.num_train, self.num_dev, config.num_eval, config.train_set_seed)
         self.model, self.tokenizer = load_model(config.model_name, config.dtype)
         self.model.to(config.device)
         self.packed = choose_route(self.model)
@@ -83,7 +84,7 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
         logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
         return finished
     workspace = workspace or Workspace(config)
-    config.train_as_classification = workspace.classification
+    config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
     set_seed(config.seed)
     metrics: dict[str, Any] = {
         "method": "zero-shot" if config.trainer == "none" else "boost" if config.recipe == "boost" else config.method,
@@ -123,6 +124,11 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
         "dev_accuracy": dev.accuracy if dev else None,
         "dev_loss": dev.loss if dev else None,
     }
+    if (metric := workspace.task.metric) != "accuracy":
+        metrics["metric"] = metric
+        metrics["score"] = score(metric, workspace.eval, final.predictions)
+        metrics["zero_shot_score"] = score(metric, workspace.eval, zero_shot.predictions)
+        metrics["dev_score"] = score(metric, workspace.dev, dev.predictions) if dev else None
     metrics |= work
     write_json(folder / METRICS, metrics)  # last: it is what makes a run complete
     if config.result_file:
@@ -232,8 +238,9 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     except ValueError as error:
         raise XgbloraError(f"{file} is damaged: use --overwrite_output_dir to start again") from error
     ours = config.identity()
-    if config.train_as_classification is None:  # resolved by the task when the run began
-        there["train_as_classification"] = None
+    for name in ("train_as_classification", "num_dev"):  # what is left to the task is settled when the run begins
+        if ours[name] is None:
+            there[name] = None
     different = [name for name in ours.keys() | there.keys() if ours.get(name) != there.get(name)]
     different.sort(key=lambda name: (name != "recipe", name))  # flags of either recipe alone differ with it
     if different:

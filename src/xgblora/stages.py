@@ -15,8 +15,8 @@ from xgblora.run import CONFIG, Workspace
 
 STAGES = "stages.json"
 WORKSPACE = (
-    "model_name task_name data_dir num_train num_dev num_eval train_set_seed max_length train_as_classification "
-    "only_train_option load_float16 load_bfloat16 per_device_eval_batch_size disable_tqdm"
+    "model_name task_name task_file data_dir num_train num_dev num_eval train_set_seed max_length "
+    "train_as_classification only_train_option load_float16 load_bfloat16 per_device_eval_batch_size disable_tqdm"
 ).split()
 """Settings of a run that say which model sees which rows."""
 

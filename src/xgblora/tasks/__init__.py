@@ -1,13 +1,18 @@
 """The tasks, by name."""
 
+from pathlib import Path
+
 from xgblora.errors import XgbloraError
 from xgblora.tasks.data import Samples, load_splits, sample
 from xgblora.tasks.encode import encode
+from xgblora.tasks.file import load_task
 from xgblora.tasks.rotten_tomatoes import ROTTEN_TOMATOES
-from xgblora.tasks.sst2 import SST2
-from xgblora.tasks.task import Task
+from xgblora.tasks.task import Hub, Metric, Question, Task
 
-TASKS = {task.name: task for task in (ROTTEN_TOMATOES, SST2)}
+TASKS = {
+    task.name: task
+    for task in (ROTTEN_TOMATOES, *(load_task(file) for file in sorted(Path(__file__).parent.glob("*.yaml"))))
+}
 
 
 def get_task(name: str) -> Task:
@@ -15,7 +20,21 @@ def get_task(name: str) -> Task:
     for known, task in TASKS.items():
         if known.lower() == name.lower():
             return task
-    raise XgbloraError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    raise XgbloraError(
+        f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}, or describe your own (--task_file)"
+    )
 
 
-__all__ = ["TASKS", "Samples", "Task", "encode", "get_task", "load_splits", "sample"]
+__all__ = [
+    "TASKS",
+    "Hub",
+    "Metric",
+    "Question",
+    "Samples",
+    "Task",
+    "encode",
+    "get_task",
+    "load_splits",
+    "load_task",
+    "sample",
+]

@@ -4,18 +4,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
 
 from xgblora.errors import XgbloraError
 from xgblora.randomness import generator
-from xgblora.tasks.task import SPLITS, Task
+from xgblora.tasks.task import SPLITS, Hub, Task
 
 logger = logging.getLogger(__name__)
 
-_READERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+MOST_DEV = 0.4
+"""Share of a train split that may become dev rows: CB's 250 rows are 150 and 100, as in MeZO."""
+
+READERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,17 @@ class Samples:
 def load_splits(task: Task, data_dir: str | None = None) -> Mapping[str, Dataset]:
     """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
     if data_dir is not None:
-        return _read_folder(Path(data_dir), task)
+        return _read_files(_files_of(Path(data_dir)), task)
+    source = task.source
+    if isinstance(source, Mapping):
+        return _read_files(source, task)
     try:
-        return task.source()
+        if isinstance(source, Hub):
+            return {
+                ours: load_dataset(source.path, source.name, split=its, revision=source.revision)
+                for ours, its in source.splits.items()
+            }
+        return source()
     except XgbloraError:
         raise
     except Exception as error:  # no network, unknown data set, broken cache: many kinds, one remedy
@@ -52,16 +62,17 @@ def sample(
     """Draw a run's rows.
 
     Train and dev rows are the first and the next rows of one permutation of the train split by ``train_set_seed``;
-    where it has too few, both shrink alike. Eval rows are drawn by a fixed seed, equal for all runs.
+    where it has too few, dev gets MOST_DEV of them at most, and train the rest. Eval rows are drawn by a fixed seed,
+    equal for all runs.
     """
     train = splits["train"]
     if len(train) < num_train + num_dev:
-        shrunk_dev = len(train) * num_dev // (num_train + num_dev)
+        kept = min(num_dev, int(MOST_DEV * len(train)))
         logger.warning(
             "the train split has %d rows, fewer than the %d + %d asked for: %d train and %d dev rows are used",
-            *(len(train), num_train, num_dev, len(train) - shrunk_dev, shrunk_dev),
+            *(len(train), num_train, num_dev, len(train) - kept, kept),
         )
-        num_train, num_dev = len(train) - shrunk_dev, shrunk_dev
+        num_train, num_dev = len(train) - kept, kept
     order = torch.randperm(len(train), generator=generator(train_set_seed, "split", 1)).tolist()
     eval_split = "test" if "test" in splits else "validation"
     held_out = splits[eval_split]
@@ -74,28 +85,36 @@ def sample(
     )
 
 
-def _read_folder(folder: Path, task: Task) -> dict[str, Dataset]:
+def _files_of(folder: Path) -> dict[str, Path]:
+    """The data files in a folder, by split."""
     if not folder.is_dir():
         raise XgbloraError(f"the data folder {folder} does not exist")
-    splits = {}
+    found = {}
     for split in SPLITS:
-        files = [path for ending in _READERS if (path := folder / f"{split}{ending}").is_file()]
+        files = [path for ending in READERS if (path := folder / f"{split}{ending}").is_file()]
         if len(files) > 1:
             raise XgbloraError(f"{folder} has several {split} files ({', '.join(f.name for f in files)}): keep one")
         if files:
-            splits[split] = _read_file(files[0], task)
-    if "train" not in splits:
+            found[split] = files[0]
+    if "train" not in found:
         raise XgbloraError(f"{folder} has no train file (train.jsonl, train.csv or train.parquet)")
-    if len(splits) == 1:
+    if len(found) == 1:
         raise XgbloraError(f"{folder} has neither a test nor a validation file to evaluate on (.jsonl, .csv, .parquet)")
-    return splits
+    return found
+
+
+def _read_files(files: Mapping[str, Path], task: Task) -> dict[str, Dataset]:
+    return {split: _read_file(file, task) for split, file in files.items()}
 
 
 def _read_file(path: Path, task: Task) -> Dataset:
+    """The rows of a file, each of which makes a question of ``task``."""
+    if not path.is_file():
+        raise XgbloraError(f"the data file {path} does not exist")
     if path.stat().st_size == 0:
         raise XgbloraError(f"{path} is empty")
     try:
-        rows: Dataset = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        rows: Dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # the readers behind datasets raise their own kinds
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -105,22 +124,14 @@ def _read_file(path: Path, task: Task) -> Dataset:
         raise XgbloraError(f"cannot read {path}: {' '.join(str(cause).split())[:200]}") from error
     if len(rows) == 0:
         raise XgbloraError(f"{path} has no rows")
-    for column in (task.text_column, task.label_column):
+    for column in task.columns:
         if column not in rows.column_names:
             raise XgbloraError(
                 f"{path} has no column {column!r}, which {task.name} needs; it has: {', '.join(rows.column_names)}"
             )
-    texts, labels = rows[task.text_column], rows[task.label_column]
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
-        if not isinstance(text, str) or not text.strip():
-            raise XgbloraError(f"{path}, row {number}: column {task.text_column!r} holds no text, but {text!r}")
-        if not _is_label(label, task):
-            raise XgbloraError(
-                f"{path}, row {number}: label {label!r} is not one of 0 to {len(task.options) - 1}, "
-                f"the options {', '.join(repr(o) for o in task.options)}"
-            )
+    for number, row in enumerate(rows, start=1):
+        try:
+            task.question(row)
+        except XgbloraError as error:
+            raise XgbloraError(f"{path}, row {number}: {error}") from error
     return rows
-
-
-def _is_label(label: Any, task: Task) -> bool:
-    return isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(task.options)

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.errors import XgbloraError
 from xgblora.packing import Example
-from xgblora.tasks.task import Task
+from xgblora.tasks.task import Question, Task
 
 logger = logging.getLogger(__name__)
 
@@ -19,52 +20,75 @@ def encode(
     tokenizer: Tokenizer,
     max_length: int,
     score_prompt: bool = False,
+    answered: bool = True,
 ) -> list[Example]:
     """Tokenise rows of ``task`` to examples of at most ``max_length`` tokens, prompt and longest option together.
 
     Longer prompts lose tokens on the left (special first tokens stay), and one warning counts them. Raises
-    :class:`XgbloraError` for options that have no tokens, that are equal, or that leave no room for a prompt.
+    :class:`XgbloraError` for rows that make no question, and for options that have no tokens, that are equal, or that
+    leave no room for a prompt; it names the row, counted from 1. Rows that are not ``answered`` get label 0.
     """
-    rows = list(rows)
-    if not rows:
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            questions.append(task.question(row, answered))
+        except XgbloraError as error:
+            raise XgbloraError(f"{task.name}, row {number}: {error}") from error
+    if not questions:
         return []
-    prompts = [task.render(row) for row in rows]
-    # Options are taken from the encoding of prompt + option, where a tokenizer may treat the seam in its own way.
-    encoded = tokenizer(prompts)["input_ids"]
-    joined = tokenizer([prompts[0] + option for option in task.options])["input_ids"]
-    seam = len(encoded[0])
-    options = [
-        ids[seam:] if ids[:seam] == encoded[0] else tokenizer(option, add_special_tokens=False)["input_ids"]
-        for option, ids in zip(task.options, joined, strict=True)
-    ]
-    _check_options(task, options)
-    room = max_length - max(len(option) for option in options)
+    prompts = tokenizer([question.prompt for question in questions])["input_ids"]
+    options = _options(questions, prompts, tokenizer)
     first = len(tokenizer("")["input_ids"])  # special tokens that open every text (BOS)
-    if room < 1 + first:
-        raise XgbloraError(
-            f"the options of {task.name} need {max_length - room} tokens, which leaves no room for a prompt within "
-            f"{max_length}: raise --max_length or take a model with a longer context"
-        )
     cut = 0
     examples = []
-    for row, ids in zip(rows, encoded, strict=True):
-        prompt = ids
-        if len(ids) > room:
-            prompt = [*ids[:first], *ids[len(ids) - room + first :]]
-            cut += 1
-        examples.append(Example(prompt, options, int(row[task.label_column]), score_prompt))
+    for number, (question, prompt, ids) in enumerate(zip(questions, prompts, options, strict=True), start=1):
+        try:
+            kept = _fitting(prompt, question, ids, max_length, first)
+        except XgbloraError as error:
+            raise XgbloraError(f"{task.name}, row {number}: {error}") from error
+        cut += len(kept) < len(prompt)
+        label, *others = question.correct or (0,)
+        examples.append(Example(kept, ids, label, score_prompt, tuple(others)))
     if cut:
-        logger.warning("%d of %d prompts were longer than %d tokens and lost their beginning", cut, len(rows), room)
+        room = f"{max_length} tokens with their options"
+        logger.warning("%d of %d prompts were longer than %s and lost their beginning", cut, len(examples), room)
     return examples
 
 
-def _check_options(task: Task, options: list[list[int]]) -> None:
-    for option, ids in zip(task.options, options, strict=True):
+def _options(questions: list[Question], prompts: list[list[int]], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Token ids of every question's options.
+
+    They are taken from the encoding of prompt + option, where a tokenizer may treat the seam in its own way; alone
+    where the prompt's own tokens come out otherwise there.
+    """
+    texts = [(question.prompt, option) for question in questions for option in question.options]
+    joined = tokenizer([prompt + option for prompt, option in texts])["input_ids"]
+    alone = {option: tokenizer(option, add_special_tokens=False)["input_ids"] for option in {o for _, o in texts}}
+    ends = [0]
+    for question in questions:
+        ends.append(ends[-1] + len(question.options))
+    return [
+        [
+            ids[len(prompt) :] if ids[: len(prompt)] == prompt else alone[option]
+            for option, ids in zip(question.options, joined[start:stop], strict=True)
+        ]
+        for question, prompt, (start, stop) in zip(questions, prompts, pairwise(ends), strict=True)
+    ]
+
+
+def _fitting(prompt: list[int], question: Question, options: list[list[int]], max_length: int, first: int) -> list[int]:
+    """The prompt, or its end where it is too long for its options; the ``first`` tokens stay."""
+    for place, (option, ids) in enumerate(zip(question.options, options, strict=True)):
         if not ids:
-            raise XgbloraError(f"the option {option!r} of {task.name} has no tokens in this model's vocabulary")
-    for i, one in enumerate(options):
-        for j in range(i):
-            if one == options[j]:
-                raise XgbloraError(
-                    f"the options {task.options[j]!r} and {task.options[i]!r} of {task.name} have equal tokens"
-                )
+            raise XgbloraError(f"the option {option!r} has no tokens in this model's vocabulary")
+        if ids in options[:place]:
+            other = question.options[options.index(ids)]
+            raise XgbloraError(f"the options {other!r} and {option!r} have equal tokens")
+    longest = max(len(option) for option in options)
+    room = max_length - longest
+    if room < 1 + first:
+        raise XgbloraError(
+            f"the options need {longest} tokens, which leaves no room for a prompt within {max_length}: raise "
+            "--max_length or take a model with a longer context"
+        )
+    return prompt if len(prompt) <= room else [*prompt[:first], *prompt[len(prompt) - room + first :]]

@@ -36,9 +36,8 @@ def _splits() -> Mapping[str, Dataset]:
 
 ROTTEN_TOMATOES = Task(
     name="RottenTomatoes",
-    text_column="text",
-    label_column="label",
-    prompt="{text} It was",
-    options=(" terrible", " great"),
+    prompt="{{ text | trim }} It was",
+    options=("terrible", "great"),
+    answer="label",
     source=_splits,
 )

@@ -1,31 +1,219 @@
-"""What a task is: where its rows come from, how a row becomes a prompt, and which answers there are."""
+"""What a task is: where its rows come from, how a row becomes a question, and which answers are right."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 from datasets import Dataset
+from jinja2 import StrictUndefined, TemplateError, Undefined, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from xgblora.errors import XgbloraError
 
 SPLITS = ("train", "validation", "test")
 """Names of data files in a ``--data_dir``, without their ending."""
 
+Metric = Literal["accuracy", "f1", "macro_f1"]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set of the Hugging Face hub, and what its splits with labels are called there."""
+
+    path: str
+    name: str | None
+    revision: str | None
+    splits: Mapping[str, str]
+
+
+Source = Hub | Mapping[str, Path] | Callable[[], Mapping[str, Dataset]]
+"""Where rows come from: the hub, a file for each split, or a function."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row as a model sees it.
+
+    ``options``: the candidate answers as they continue ``prompt``, each with the space or line break before it.
+    ``correct``: places of the right ones among them, the one to train on first.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    correct: tuple[int, ...]
+
+
+class _Empty(Undefined):
+    """What a row's None or blank text is to a template: false in a condition, an error where it would be printed."""
+
+    def __str__(self) -> str:
+        raise XgbloraError(f"column {self._undefined_name!r} is empty")
+
+
+def _printed(value: Any) -> Any:
+    """What a template may print: a list or an object is a column in another shape than its author believes."""
+    if isinstance(value, (list, tuple, dict)):
+        raise XgbloraError(f"a template prints {str(value)[:60]}, which is no text")
+    return value
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printed)
+
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task by prompt: the model chooses one of a few options as the prompt's continuation."""
+    """A task by prompt: the model chooses one of several options as the prompt's continuation."""
 
     name: str
-    text_column: str
-    label_column: str
     prompt: str
-    """Format string over the text column, e.g. ``{sentence} It was``. No space at its end: options begin with it."""
-    options: tuple[str, ...]
-    """Option i is the answer of label i, with its leading space."""
-    source: Callable[[], Mapping[str, Dataset]]
-    """Loads the task's own splits: train, and validation or test with labels."""
+    """Jinja template over the row's columns, e.g. ``{{ sentence | trim }} It was``."""
+    options: tuple[str, ...] | str
+    """Jinja templates of the options; or an expression whose value is a row's list of them, e.g. its column."""
+    answer: str
+    """Jinja expression: the correct option's number, or its text, or a list of either where several are correct."""
+    source: Source
+    """The task's own splits: train, and validation or test with labels."""
+    labels: tuple[str, ...] = ()
+    """What ``answer`` gives for each option in turn, where that is neither its number nor its text."""
+    option: str = "{{ option }}"
+    """Jinja template around each option."""
+    metric: Metric = "accuracy"
+    """What is reported beside accuracy. f1: of the last of two options; macro_f1: the mean over options."""
     classification: bool = True
-    """Trains by default on the cross-entropy over options."""
+    """Trains by default on the cross-entropy over options, else as a language model on the correct one."""
+    num_dev: int = 500
+    """Development rows by default."""
 
-    def render(self, row: Mapping[str, Any]) -> str:
-        """The prompt of a row."""
-        return self.prompt.format(**{self.text_column: str(row[self.text_column]).strip()})
+    def __post_init__(self) -> None:
+        """Raise :class:`XgbloraError` where templates or options cannot work, whatever the rows are."""
+        _ = self._compiled
+        if isinstance(self.options, tuple) and len(self.options) < 2:
+            raise XgbloraError(f"a question needs at least 2 options, got {len(self.options)}")
+        if self.metric != "accuracy" and isinstance(self.options, str):
+            raise XgbloraError(f"metric {self.metric} is for options that are the same for all rows: use accuracy")
+        if self.metric == "f1" and len(self.options) != 2:
+            raise XgbloraError(f"metric f1 is for 2 options, {self.name} has {len(self.options)}: use macro_f1")
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row that its prompt, options and answer are made of."""
+        return tuple(sorted({*self._asking, *_columns("{{ " + self.answer + " }}")}))
+
+    @cached_property
+    def _asking(self) -> set[str]:
+        """Those of the prompt and the options."""
+        options = self.options if isinstance(self.options, tuple) else ("{{ " + self.options + " }}",)
+        return {name for text in (self.prompt, *options, self.option) for name in _columns(text)} - {"option"}
+
+    def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
+        """``row``, or the row that a text stands for."""
+        if not isinstance(row, str):
+            return row
+        if len(self._asking) != 1:
+            raise XgbloraError(f"{self.name} asks by several columns ({', '.join(sorted(self._asking))}): give rows")
+        return dict.fromkeys(self._asking, row)
+
+    @cached_property
+    def _compiled(self) -> dict[str, Callable[..., Any]]:
+        """Each template and expression as a function of a row's columns. Raises :class:`XgbloraError` for bad ones."""
+        found: dict[str, Callable[..., Any]] = {}
+        for field, text in (("prompt", self.prompt), ("option", self.option)):
+            found[field] = self._compile(field, _ENVIRONMENT.from_string, text).render
+        found["answer"] = self._compile("answer", _expression, self.answer)
+        if isinstance(self.options, str):
+            found["options"] = self._compile("options", _expression, self.options)
+        else:
+            templates = [self._compile("options", _ENVIRONMENT.from_string, text) for text in self.options]
+            found["options"] = lambda **row: [template.render(**row) for template in templates]
+        return found
+
+    def _compile(self, field: str, how: Callable[[str], Any], text: str) -> Any:
+        try:
+            return how(text)
+        except TemplateError as error:
+            raise XgbloraError(f"{field} of task {self.name} is not a Jinja template: {error} (in {text!r})") from error
+
+    def question(self, row: Mapping[str, Any], answered: bool = True) -> Question:
+        """A row as the model sees it; with ``answered`` False ``correct`` is empty, and the row needs no answer.
+
+        Raises :class:`XgbloraError` for a row that makes no question.
+        """
+        values = {name: _value(name, row[name]) for name in self.columns if name in row}
+        prompt = self._evaluate("prompt", values)
+        if not prompt.strip():
+            raise XgbloraError("the prompt is empty")
+        prompt = prompt.rstrip(" ")
+        between = "" if prompt[-1].isspace() else " "
+        given = self._evaluate("options", values)
+        if not isinstance(given, (list, tuple)):
+            raise XgbloraError(f"its options are no list, but {given!r}")
+        texts = [_text(self._evaluate("option", values | {"option": text}), "an option") for text in given]
+        if len(texts) < 2:
+            raise XgbloraError(f"a question needs at least 2 options, got {len(texts)}")
+        for place, text in enumerate(texts):
+            if text in texts[:place]:
+                raise XgbloraError(f"the option {text!r} is there twice")
+        correct = self._correct(self._evaluate("answer", values), given, texts) if answered else ()
+        return Question(_clean(prompt, "the prompt"), tuple(between + text for text in texts), correct)
+
+    def _evaluate(self, field: str, values: Mapping[str, Any]) -> Any:
+        try:
+            found = self._compiled[field](**values)
+            for one in found if isinstance(found, (list, tuple)) else (found,):
+                if isinstance(one, Undefined):
+                    str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
+            return found
+        except XgbloraError:
+            raise
+        except Exception as error:  # a template may fail in any way that Python can
+            raise XgbloraError(f"{field} cannot be made: {' '.join(str(error).split())}") from error
+
+    def _correct(self, answer: Any, given: Any, texts: list[str]) -> tuple[int, ...]:
+        """Places of the correct options, by label, number, or text before or after ``option`` was put around it."""
+        answers = answer if isinstance(answer, (list, tuple)) else [answer]
+        if not answers:
+            raise XgbloraError("no option is correct")
+        return tuple(dict.fromkeys(self._place(one, given, texts) for one in answers))
+
+    def _place(self, answer: Any, given: Any, texts: list[str]) -> int:
+        known: Any
+        if self.labels:
+            answer, known, what = str(answer), self.labels, "the labels"
+        elif isinstance(answer, int) and not isinstance(answer, bool):
+            known, what = range(len(texts)), f"0 to {len(texts) - 1}, the options"
+        elif answer in given:
+            known, what = given, "the options"
+        else:
+            answer, known, what = answer.strip() if isinstance(answer, str) else answer, texts, "the options"
+        if answer not in known:
+            shown = ", ".join(repr(text) for text in (self.labels or texts))
+            raise XgbloraError(f"the answer {answer!r} is not one of {what} {shown}")
+        return list(known).index(answer)
+
+
+def _columns(template: str) -> set[str]:
+    return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+
+
+def _expression(text: str) -> Callable[..., Any]:
+    return _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
+
+
+def _value(name: str, value: Any) -> Any:
+    """A column's value as templates see it."""
+    return _Empty(name=name) if value is None or (isinstance(value, str) and not value.strip()) else value
+
+
+def _text(value: str, what: str) -> str:
+    text = value.strip()
+    if not text:
+        raise XgbloraError(f"{what} is empty")
+    return _clean(text, what)
+
+
+def _clean(text: str, what: str) -> str:
+    if "\0" in text:
+        raise XgbloraError(f"{what} holds a NUL byte")
+    return text

@@ -1,0 +1,104 @@
+"""Task files: a task as YAML, the package's own and the user's."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from xgblora.errors import XgbloraError
+from xgblora.tasks.data import READERS
+from xgblora.tasks.task import SPLITS, Hub, Metric, Source, Task
+
+KEYS = (*(field.name for field in fields(Task) if field.name != "source"), "hub", "data")
+"""What a task file may say."""
+
+
+def load_task(path: str | Path) -> Task:
+    """The task that a YAML file describes; docs/tasks.md lists its keys.
+
+    All values are read as text, so that an option may be ``Yes`` or ``1``. Raises :class:`XgbloraError` for a file
+    that describes no task.
+    """
+    path = Path(path)
+    try:
+        said = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+        return _task(said, path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise XgbloraError(f"cannot read the task file {path}: {reason}") from error
+    except XgbloraError as error:
+        raise XgbloraError(f"task file {path}: {error}") from error
+
+
+def _task(said: Any, path: Path) -> Task:
+    if not isinstance(said, dict):
+        raise XgbloraError("it says nothing of the form 'key: value'")
+    for key in said:
+        if key not in KEYS:
+            raise XgbloraError(f"unknown key {key!r}: choose from {', '.join(KEYS)}")
+    values = dict(said)
+    for key in ("prompt", "options", "answer"):
+        if not values.get(key):
+            raise XgbloraError(f"{key} is missing")
+    for key in ("name", "prompt", "answer", "option"):
+        if not isinstance(values.get(key, ""), str):
+            raise XgbloraError(f"{key} is a text, not {values[key]!r}")
+    for key in ("options", "labels"):
+        if isinstance(values.get(key), list):
+            values[key] = _texts(key, values[key])
+    if "labels" in values and (
+        not isinstance(values["labels"], tuple) or len(values["labels"]) != len(values["options"])
+    ):
+        raise XgbloraError("labels is a list with one entry for each option")
+    if values.get("metric", "accuracy") not in get_args(Metric):
+        raise XgbloraError(f"metric {values['metric']!r} is not known: choose from {', '.join(get_args(Metric))}")
+    if "classification" in values:
+        values["classification"] = _one_of("classification", values["classification"], {"true": True, "false": False})
+    if "num_dev" in values:
+        if not str(values["num_dev"]).isdecimal():
+            raise XgbloraError(f"num_dev is a whole number, not {values['num_dev']!r}")
+        values["num_dev"] = int(values["num_dev"])
+    source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
+    return Task(source=source, **({"name": path.stem} | values))
+
+
+def _one_of(key: str, value: Any, choices: dict[str, Any]) -> Any:
+    if value not in choices:
+        raise XgbloraError(f"{key} is one of {', '.join(choices)}, not {value!r}")
+    return choices[value]
+
+
+def _texts(key: str, values: list[Any]) -> tuple[str, ...]:
+    for value in values:
+        if not isinstance(value, str) or not value.strip():
+            raise XgbloraError(f"{key} are texts; {value!r} is none")
+        if values.count(value) > 1:
+            raise XgbloraError(f"{key} holds {value!r} twice")
+    return tuple(values)
+
+
+def _source(hub: Any, data: Any, folder: Path) -> Source:
+    """Where rows come from: ``hub`` with path, name and splits, or ``data`` with a file for each split."""
+    if (hub is None) == (data is None):
+        raise XgbloraError("say where the rows are: either data (a file for each split) or hub")
+    if hub is not None:
+        if not isinstance(hub, dict) or "path" not in hub or not hub.keys() <= {"path", "name", "revision", "splits"}:
+            raise XgbloraError("hub says path, and may say name, revision and splits")
+        splits = hub.get("splits", {"train": "train", "test": "test"})
+        _check_splits("hub: splits", splits)
+        return Hub(hub["path"], hub.get("name"), hub.get("revision"), splits)
+    _check_splits("data", data)
+    for file in data.values():
+        if Path(file).suffix not in READERS:
+            raise XgbloraError(f"data file {file!r} has another ending than {', '.join(READERS)}")
+    return {split: folder / file for split, file in data.items()}
+
+
+def _check_splits(what: str, splits: Any) -> None:
+    if not isinstance(splits, dict) or not splits.keys() <= set(SPLITS):
+        raise XgbloraError(f"{what} has an entry for each of {', '.join(SPLITS)} (one of the last two may be left out)")
+    if not all(isinstance(value, str) and value for value in splits.values()):
+        raise XgbloraError(f"{what}: each entry is a name")
+    if "train" not in splits or len(splits) < 2:
+        raise XgbloraError(f"{what} needs train, and test or validation to evaluate on")
