@@ -203,7 +203,9 @@ def test_boosters_of_few_layers(run: Run, small: list[str], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("trainer", ["regular", "none"])
 def test_other_trainers(trainer: str, run: Run, small: list[str], tmp_path: Path) -> None:
-    code, out, _ = run("train", "--trainer", trainer, "--max_steps", 4, "--output_dir", tmp_path / "run", *small)
+    rows = ["--num_train", 0] if trainer == "none" else []
+    command = ["train", "--trainer", trainer, "--max_steps", 4, "--output_dir", tmp_path / "run", *small, *rows]
+    code, out, _ = run(*command)
     assert code == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["forward_passes"] == (4 if trainer == "regular" else 0)
@@ -281,6 +283,25 @@ def test_short_probes_in_bfloat16_are_named(eps: str, said: bool, run: Run, smal
     code, out, err = run("train", *flags, "--output_dir", tmp_path / "run", *small)
     assert code == 0
     assert ("is short for bfloat16" in out + err) == said
+
+
+def test_learning_in_context_is_a_run(run: Run, model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    flags = (
+        f"--model_name {model_folder} --data_dir {data_folder} --task_name SST2 --trainer none --num_eval 20".split()
+    )
+    found = {}
+    for count in ("0", "2"):
+        folder = tmp_path / count
+        code, out, _ = run("train", *flags, "--num_train", count, "--output_dir", folder, "--use_cpu", "true")
+        assert code == 0
+        assert ("in-context" if count == "2" else "zero-shot") in out
+        found[count] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert found["0"]["rows"]["train"] == 0
+    assert found["0"]["eval_loss"] == found["0"]["zero_shot_loss"] == found["2"]["zero_shot_loss"]
+    assert found["2"]["eval_loss"] != found["2"]["zero_shot_loss"]
+    code, _, err = run("train", *flags[:-4], "--num_train", 0, "--output_dir", tmp_path / "x", "--max_steps", 1)
+    assert code == 2
+    assert "--num_train must be at least 1, got 0" in err
 
 
 def test_xgblora_with_another_rank_warns(run: Run, small: list[str], tmp_path: Path) -> None:

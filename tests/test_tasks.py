@@ -87,6 +87,24 @@ def test_unusable_options_are_refused(options: tuple[str, ...], length: int, mes
         encode(task(*options), [{"sentence": "x", "label": 0}], byte_tokenizer(), length)
 
 
+def test_demonstrations_stand_answered_in_front(log_lines: LogLines) -> None:
+    tokenizer = byte_tokenizer()
+    shown = [{"sentence": "fine", "label": 1}, {"sentence": "poor", "label": 0}]
+    rows = [{"sentence": "so so", "label": 1}, {"sentence": "long " * 4, "label": 0}]
+    plain = encode(SST2, rows, tokenizer, 128)
+    found = encode(SST2, rows, tokenizer, 128, demonstrations=shown)
+    before = "fine It was great\n\npoor It was terrible\n\n"
+    assert [tokenizer.decode(e.prompt) for e in found] == [before + tokenizer.decode(e.prompt) for e in plain]
+    assert [(e.options, e.label) for e in found] == [(e.options, e.label) for e in plain]
+    assert not log_lines.lines
+    # Only whole ones, and as many as fit: the longer row has room for one.
+    tight = encode(SST2, rows, tokenizer, 43, demonstrations=shown)
+    texts = [tokenizer.decode(e.prompt) for e in tight]
+    assert texts == [before + "so so It was", "fine It was great\n\n" + "long " * 3 + "long It was"]
+    assert all(len(e.prompt) + 1 <= 43 for e in tight)
+    assert log_lines.lines == ["not all of the 2 demonstrations fit within 43 tokens: prompts have 1 or more of them"]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_every_file_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", 30)

@@ -84,7 +84,11 @@ class RunConfig(TrainingArguments):
         default=None,
         help="Folder with train and validation (and test) files, .jsonl, .csv or .parquet, in the task's columns.",
     )
-    num_train: int = HfArg(default=1000, help="Training examples sampled from the train split.")
+    num_train: int | None = HfArg(
+        default=None,
+        help="Training examples sampled from the train split (1000). With --trainer none: those of them that stand, "
+        "answered, in front of every prompt (0: zero-shot).",
+    )
     num_dev: int | None = HfArg(
         default=None,
         help="Development examples, sampled from the train split beside them. Default: what the task says (500).",
@@ -104,7 +108,8 @@ class RunConfig(TrainingArguments):
 
     # --- Method ---
     trainer: Literal["zo", "regular", "none"] = HfArg(
-        default="zo", help="zo: zeroth-order; regular: backpropagation, same adapters; none: zero-shot only."
+        default="zo",
+        help="zo: zeroth-order; regular: backpropagation, same adapters; none: the base as it is.",
     )
     recipe: Recipe = HfArg(
         default="classic",
@@ -247,6 +252,8 @@ class RunConfig(TrainingArguments):
             self.disable_tqdm = False
         if self.data_seed is None:
             self.data_seed = self.seed
+        if self.num_train is None:
+            self.num_train = 0 if self.trainer == "none" else 1000
         if self.no_auto_device:
             logger.info("--no_auto_device has no effect: the device is the one that transformers picks.")
         self._check()
@@ -274,7 +281,6 @@ class RunConfig(TrainingArguments):
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
-            "num_train",
             "num_eval",
             "boost_boosters",
             "xgblora_patience",
@@ -299,6 +305,8 @@ class RunConfig(TrainingArguments):
             value = getattr(self, flag)
             if value is not None and not value > 0:
                 refuse(flag, "a positive number")
+        if self.train_rows < (self.trainer != "none"):
+            refuse("num_train", "at least 1" if self.trainer != "none" else "0 or more")
         if self.max_steps == 0 or self.max_steps < -1:
             refuse("max_steps", "at least 1 (leave it out to train --num_train_epochs)")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
@@ -379,6 +387,12 @@ class RunConfig(TrainingArguments):
         """Rank of the pair in training: 1 for XGBLoRA."""
         assert self.lora_r is not None  # settled in __post_init__
         return self.lora_r
+
+    @property
+    def train_rows(self) -> int:
+        """Training rows that are sampled."""
+        assert self.num_train is not None  # settled in __post_init__
+        return self.num_train
 
     @property
     def scaling(self) -> float:

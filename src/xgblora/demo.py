@@ -25,7 +25,7 @@ class DemoConfig(ExperimentConfig):
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Seeds; each method is trained once with each.")
     max_steps: int = HfArg(default=200, help="Training steps of each method.")
-    num_train: int = HfArg(default=4000, help="Training examples.")
+    num_train: int | None = HfArg(default=4000, help="Training examples.")
     num_dev: int | None = HfArg(default=200, help="Development examples.")
     num_eval: int = HfArg(default=1000, help="Held-out test examples.")
     per_device_train_batch_size: int = HfArg(default=16, help="Examples a step.")

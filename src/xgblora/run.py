@@ -40,7 +40,7 @@ class Workspace:
         self.task = load_task(config.task_file) if config.task_file else get_task(config.task_name)
         splits = load_splits(self.task, config.data_dir)
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
-        samples = sample(splits, config.num_train, self.num_dev, config.num_eval, config.train_set_seed)
+        samples = sample(splits, config.train_rows, self.num_dev, config.num_eval, config.train_set_seed)
         self.model, self.tokenizer = load_model(config.model_name, config.dtype)
         self.model.to(config.device)
         self.packed = choose_route(self.model)
@@ -50,22 +50,29 @@ class Workspace:
         length = min(config.max_length, context_length(self.model) or config.max_length)
         score_prompt = not self.classification and not config.only_train_option
 
-        def encoded(rows: Any) -> list[Example]:
-            return encode(self.task, rows, self.tokenizer, length, score_prompt)
+        def encoded(rows: Any, demonstrations: Any = ()) -> list[Example]:
+            return encode(self.task, rows, self.tokenizer, length, score_prompt, demonstrations=demonstrations)
 
         self.train, self.dev, self.eval = encoded(samples.train), encoded(samples.dev), encoded(samples.eval)
         self.eval_split = samples.eval_split
+        self.answered: tuple[list[Example], list[Example]] | None = None
+        """Evaluation and dev rows behind the training rows, for a run that learns in context."""
+        if config.trainer == "none" and config.train_rows:
+            self.answered = encoded(samples.eval, samples.train), encoded(samples.dev, samples.train)
         self._zero_shot: tuple[Evaluation, Evaluation | None] | None = None
 
-    def scores(self, config: RunConfig, what: str) -> tuple[Evaluation, Evaluation | None]:
-        """The model as it is now, on the evaluation rows and (None without any) on the dev rows."""
+    def scores(
+        self, config: RunConfig, what: str, rows: tuple[list[Example], list[Example]] | None = None
+    ) -> tuple[Evaluation, Evaluation | None]:
+        """The model as it is now, on the evaluation rows and (None without any) on the dev rows, or on ``rows``."""
+        eval_rows, dev_rows = rows or (self.eval, self.dev)
 
         def score(rows: list[Example], name: str) -> Evaluation:
             progress = None if config.disable_tqdm else f"{what}, {len(rows)} {name} rows"
             size = config.per_device_eval_batch_size
             return evaluate(self.model, rows, self.packed, size, self.classification, progress)
 
-        return score(self.eval, self.eval_split), score(self.dev, "dev") if self.dev else None
+        return score(eval_rows, self.eval_split), score(dev_rows, "dev") if dev_rows else None
 
     def zero_shot(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
         """The scores before any training, taken once. Fresh adapters (B = 0) change no bit of them."""
@@ -87,7 +94,7 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
     set_seed(config.seed)
     metrics: dict[str, Any] = {
-        "method": "zero-shot" if config.trainer == "none" else "boost" if config.recipe == "boost" else config.method,
+        "method": _method(config),
         "trainer": config.trainer,
         "seed": config.seed,
         "model": config.model_name,
@@ -98,6 +105,8 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     if config.trainer == "none":
         prepare_folder(config)
         final, dev = workspace.zero_shot(config)
+        if workspace.answered:
+            final, dev = workspace.scores(config, f"{len(workspace.train)} in context", workspace.answered)
         work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0}
         work |= {"forward_sequences": 0, "forward_tokens": 0}
     else:
@@ -134,6 +143,13 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     if config.result_file:
         write_json(Path(config.result_file), metrics)
     return metrics
+
+
+def _method(config: RunConfig) -> str:
+    """What the record calls it."""
+    if config.trainer == "none":
+        return "in-context" if config.train_rows else "zero-shot"
+    return "boost" if config.recipe == "boost" else config.method
 
 
 def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:

@@ -7,7 +7,7 @@ from typing import Any
 
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, read_jsonl
 
-NAMES = {"lora": "LoRA", "xgblora": "XGBLoRA", "boost": "Boost", "zero-shot": "zero-shot"}
+NAMES = {"lora": "LoRA", "xgblora": "XGBLoRA", "boost": "Boost", "zero-shot": "zero-shot", "in-context": "in-context"}
 TRAINERS = {"zo": "+ZO", "regular": "+backprop", "none": ""}
 
 

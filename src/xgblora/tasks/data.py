@@ -62,17 +62,18 @@ def sample(
     """Draw a run's rows.
 
     Train and dev rows are the first and the next rows of one permutation of the train split by ``train_set_seed``;
-    where it has too few, dev gets MOST_DEV of them at most, and train the rest. Eval rows are drawn by a fixed seed,
+    where it has too few, dev gets MOST_DEV of them at most, or what train leaves. Eval rows are drawn by a fixed seed,
     equal for all runs.
     """
     train = splits["train"]
     if len(train) < num_train + num_dev:
-        kept = min(num_dev, int(MOST_DEV * len(train)))
+        asked = num_train, num_dev
+        num_dev = min(num_dev, max(int(MOST_DEV * len(train)), len(train) - num_train))
+        num_train = min(num_train, len(train) - num_dev)
         logger.warning(
             "the train split has %d rows, fewer than the %d + %d asked for: %d train and %d dev rows are used",
-            *(len(train), num_train, num_dev, len(train) - kept, kept),
+            *(len(train), *asked, num_train, num_dev),
         )
-        num_train, num_dev = len(train) - kept, kept
     order = torch.randperm(len(train), generator=generator(train_set_seed, "split", 1)).tolist()
     eval_split = "test" if "test" in splits else "validation"
     held_out = splits[eval_split]

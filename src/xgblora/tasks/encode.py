@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -13,6 +14,9 @@ from xgblora.tasks.task import Question, Task
 
 logger = logging.getLogger(__name__)
 
+BETWEEN = "\n\n"
+"""Between demonstrations, and between the last one and the prompt."""
+
 
 def encode(
     task: Task,
@@ -21,21 +25,22 @@ def encode(
     max_length: int,
     score_prompt: bool = False,
     answered: bool = True,
+    demonstrations: Iterable[Mapping[str, Any]] = (),
 ) -> list[Example]:
     """Tokenise rows of ``task`` to examples of at most ``max_length`` tokens, prompt and longest option together.
 
     Longer prompts lose tokens on the left (special first tokens stay), and one warning counts them. Raises
     :class:`XgbloraError` for rows that make no question, and for options that have no tokens, that are equal, or that
     leave no room for a prompt; it names the row, counted from 1. Rows that are not ``answered`` get label 0.
+
+    ``demonstrations``: rows that stand, answered, in front of each prompt, for learning in context (Brown et al. 2020);
+    as many of the first of them as fit with it, an empty line after each.
     """
-    questions = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            questions.append(task.question(row, answered))
-        except XgbloraError as error:
-            raise XgbloraError(f"{task.name}, row {number}: {error}") from error
+    questions = _questions(task, rows, answered)
     if not questions:
         return []
+    if shown := [question.answered + BETWEEN for question in _questions(task, demonstrations, True)]:
+        questions = _in_context(questions, shown, tokenizer, max_length)
     prompts = tokenizer([question.prompt for question in questions])["input_ids"]
     options = _options(questions, prompts, tokenizer)
     first = len(tokenizer("")["input_ids"])  # special tokens that open every text (BOS)
@@ -53,6 +58,33 @@ def encode(
         room = f"{max_length} tokens with their options"
         logger.warning("%d of %d prompts were longer than %s and lost their beginning", cut, len(examples), room)
     return examples
+
+
+def _questions(task: Task, rows: Iterable[Mapping[str, Any]], answered: bool) -> list[Question]:
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            questions.append(task.question(row, answered))
+        except XgbloraError as error:
+            raise XgbloraError(f"{task.name}, row {number}: {error}") from error
+    return questions
+
+
+def _in_context(questions: list[Question], shown: list[str], tokenizer: Tokenizer, max_length: int) -> list[Question]:
+    """Each question after as many of the texts ``shown`` as fit, with a warning where that is not all of them."""
+    longest = [question.prompt + max(question.options, key=len) for question in questions]
+    ends = list(accumulate(map(len, tokenizer(shown)["input_ids"]), initial=0))
+    found, least = [], len(shown)
+    for question, ids in zip(questions, tokenizer(longest)["input_ids"], strict=True):
+        count = max(number for number, end in enumerate(ends) if not number or end + len(ids) <= max_length)
+        least = min(least, count)
+        found.append(replace(question, prompt="".join(shown[:count]) + question.prompt))
+    if least < len(shown):
+        logger.warning(
+            "not all of the %d demonstrations fit within %d tokens: prompts have %d or more of them",
+            *(len(shown), max_length, least),
+        )
+    return found
 
 
 def _options(questions: list[Question], prompts: list[list[int]], tokenizer: Tokenizer) -> list[list[list[int]]]:

@@ -44,6 +44,11 @@ class Question:
     options: tuple[str, ...]
     correct: tuple[int, ...]
 
+    @property
+    def answered(self) -> str:
+        """The prompt with its first correct option."""
+        return self.prompt + self.options[self.correct[0]]
+
 
 class _Empty(Undefined):
     """What a row's None or blank text is to a template: false in a condition, an error where it would be printed."""
