@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig
 from conftest import VOCABULARY, build, byte_tokenizer
 from xgblora import Example, encode
 from xgblora.cli import main
-from xgblora.evaluation import score
+from xgblora.evaluation import Evaluation, accuracy, score
 from xgblora.objectives import option_scores
 from xgblora.packing import build_batch
 from xgblora.tasks import TASKS, Hub, Question
@@ -91,6 +91,22 @@ EXPECTED = {
         "next week, after a truce held for ten days in the eastern province.\nAnswer:",
         (" World", " Sports", " Business", " Technology"),
         (0,),
+    ),
+    "SQuAD": Question(
+        "Title: Harlow_Lighthouse\nContext: The Harlow Lighthouse was built in 1843 by the engineer Edwin Marsh. It "
+        "stands 38 metres tall and was lit by whale oil until 1871, when paraffin took its place.\n"
+        "Question: Who built the Harlow Lighthouse?\nAnswer:",
+        (" Edwin Marsh\n",),
+        (0,),
+        ("Edwin Marsh",),
+    ),
+    "DROP": Question(
+        "Passage: The Harbor Kings scored first with a 32-yard field goal by Pete Lowry. The Miners answered with a "
+        "7-yard touchdown run, and Lowry added field goals of 45 and 21 yards before halftime.\n"
+        "Question: How many field goals did Lowry kick before halftime?\nAnswer:",
+        (" 3\n",),
+        (0,),
+        ("3",),
     ),
 }
 """The first row of each fixture as a model sees it."""
@@ -219,11 +235,12 @@ def test_lists_come_from_parquet(name: str, ending: str, tmp_path: Path) -> None
 def test_metrics_of_a_task() -> None:
     rows = [Example([1], [[2], [3]], label) for label in (1, 1, 0, 0, 1)]
     chosen = [1, 0, 0, 1, 1]  # of three right answers two are found, beside a wrong one
-    assert score("accuracy", rows, chosen) == pytest.approx(3 / 5)
-    assert score("f1", rows, chosen) == pytest.approx(2 / 3)
-    assert score("macro_f1", rows, chosen) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    found = Evaluation(accuracy(rows, chosen), 1.0, chosen)
+    assert score("accuracy", rows, found) == pytest.approx(3 / 5)
+    assert score("f1", rows, found) == pytest.approx(2 / 3)
+    assert score("macro_f1", rows, found) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_any_correct_option_counts() -> None:
     rows = [Example([1], [[2], [3], [4]], 2, also_correct=(0,))] * 3
-    assert score("accuracy", rows, [0, 1, 2]) == pytest.approx(2 / 3)
+    assert accuracy(rows, [0, 1, 2]) == pytest.approx(2 / 3)

@@ -141,6 +141,9 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     "macro_f1 of rows' own": (GOOD.replace("[good, bad]", "text") + "metric: macro_f1\n", "the same for all rows"),
     "classification is a number": (GOOD + "classification: 2\n", "classification is one of true, false, not '2'"),
     "num_dev is no number": (GOOD + "num_dev: many\n", "num_dev is a whole number, not 'many'"),
+    "writes beside options": (GOOD + "generate: {stop: x}\n", "mine writes its answers: it has no options or labels"),
+    "generate says nothing": (GOOD + "generate: yes\n", "generate says max_new_tokens and stop"),
+    "max_new_tokens is no number": (GOOD + "generate: {max_new_tokens: few}\n", "max_new_tokens is a whole number"),
     "a number alone": (GOOD.replace("answer: label", "answer: 7"), "row 1: the answer 7 is not one of 0 to 1"),
     "reaches for Python": (GOOD.replace("{{ text }}", "{{ text.__class__.__mro__ }}"), "row 1: prompt cannot be made"),
 }

@@ -1,4 +1,4 @@
-"""Scoring options over a data set: accuracy and loss, sorted by length, in batches of equally many tokens."""
+"""Scoring a data set: loss, and accuracy of options or of written answers, in batches of equally many tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.adapters import Adapters
+from xgblora.generation import Writer, exact_match_and_f1
 from xgblora.inference_layout import inference_layout
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import context_length
@@ -24,11 +25,15 @@ from xgblora.tasks import Metric, Task, encode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``accuracy`` in [0, 1], ``loss`` the mean over examples, ``predictions`` in the order given."""
+    """``accuracy`` in [0, 1], ``loss`` the mean over examples, ``predictions`` in the order given.
+
+    ``texts``: the answers where the model writes them; then ``accuracy`` is the share of exact matches.
+    """
 
     accuracy: float
     loss: float
     predictions: list[int]
+    texts: list[str] | None = None
 
 
 def evaluate(
@@ -38,14 +43,15 @@ def evaluate(
     batch_size: int,
     classification: bool = True,
     progress: str | None = None,
+    writer: Writer | None = None,
 ) -> Evaluation:
-    """Choose the best option of every example.
+    """Choose the best option of every example, or write its answer, with a ``writer``.
 
     The loss is the training loss without the prompt's share: cross-entropy over options with ``classification``,
     else the mean negative log-probability of the correct option's tokens. A batch holds as many tokens as
     ``batch_size`` examples of average length. ``progress`` names a progress bar.
     """
-    return _evaluate(model, examples, packed, batch_size, classification, progress, [nullcontext])[0]
+    return _evaluate(model, examples, packed, batch_size, classification, progress, writer, [nullcontext])[0]
 
 
 def evaluate_stages(
@@ -55,6 +61,7 @@ def evaluate_stages(
     batch_size: int,
     classification: bool = True,
     progress: str | None = None,
+    writer: Writer | None = None,
 ) -> list[Evaluation]:
     """The same with the first 0, 1, ... boosters and with all (the last is the pair in training), in one pass.
 
@@ -62,7 +69,9 @@ def evaluate_stages(
     """
     stages = [partial(adapters.first, count) for count in range(adapters.boosters + 2)]
     lower_layers = LowerLayers(adapters, cache_bytes=10**9)
-    return _evaluate(adapters.model, examples, packed, batch_size, classification, progress, stages, lower_layers)
+    return _evaluate(
+        adapters.model, examples, packed, batch_size, classification, progress, writer, stages, lower_layers
+    )
 
 
 @torch.inference_mode()
@@ -73,6 +82,7 @@ def _evaluate(
     batch_size: int,
     classification: bool,
     progress: str | None,
+    writer: Writer | None,
     stages: Sequence[Callable[[], AbstractContextManager[None]]],
     lower_layers: LowerLayers | None = None,
 ) -> list[Evaluation]:
@@ -97,14 +107,15 @@ def _evaluate(
             if lower_layers:
                 lower_layers.clear()
             bar.update(len(chosen))
-    return [
-        Evaluation(
-            accuracy(examples, found),
-            torch.cat(loss).double().mean().item(),
-            found,
-        )
-        for found, loss in zip(predictions, losses, strict=True)
-    ]
+    means = [torch.cat(loss).double().mean().item() for loss in losses]
+    if writer is None:
+        return [Evaluation(accuracy(examples, p), loss, p) for p, loss in zip(predictions, means, strict=True)]
+    found = []
+    for stage, loss, prediction in zip(stages, means, predictions, strict=True):
+        with stage():
+            texts = writer.write(model, examples, None if progress is None else f"{progress}, writing")
+        found.append(Evaluation(exact_match_and_f1(examples, texts)[0], loss, prediction, texts))
+    return found
 
 
 def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
@@ -115,15 +126,17 @@ def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[in
         yield list(islice(order, len(group)))
 
 
-def score(metric: Metric, examples: Sequence[Example], predictions: Sequence[int]) -> float:
-    """A metric of chosen options, in [0, 1]."""
+def score(metric: Metric, examples: Sequence[Example], found: Evaluation) -> float:
+    """A task's metric of what a model chose or wrote, in [0, 1]."""
     from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score  # slow to import
 
-    options = max(len(example.options) for example in examples)
-    chosen, labels = torch.tensor(predictions), torch.tensor([example.label for example in examples])
     if metric == "accuracy":
-        return accuracy(examples, predictions)
+        return found.accuracy
+    if found.texts is not None:
+        return exact_match_and_f1(examples, found.texts)[1]
+    chosen, labels = torch.tensor(found.predictions), torch.tensor([example.label for example in examples])
     if metric == "macro_f1":
+        options = max(len(example.options) for example in examples)
         return float(multiclass_f1_score(chosen, labels, num_classes=options, average="macro"))
     return float(binary_f1_score(chosen, labels))
 
@@ -137,13 +150,15 @@ def accuracy(examples: Sequence[Example], predictions: Sequence[int]) -> float:
 def predict(
     model: PreTrainedModel, tokenizer: Tokenizer, task: Task, rows: Sequence[Mapping[str, Any] | str]
 ) -> list[str]:
-    """The option of ``task`` that the model chooses for each row, e.g. ``['great', 'terrible']``.
+    """The option of ``task`` that the model chooses for each row, e.g. ``['great', 'terrible']``, or what it writes.
 
     ``rows`` hold the columns that the task's prompt and options are made of; a text stands for the only one. Raises
     :class:`XgbloraError` for a text where there are several, and for rows that make no question.
     """
     asked = [task.asked(row) for row in rows]
     examples = encode(task, asked, tokenizer, context_length(model) or 2048, answered=False)
+    if task.generation:
+        return Writer(tokenizer, task.generation).write(model, examples)
     found = evaluate(model, examples, choose_route(model), batch_size=16)
     questions = [task.question(row, answered=False) for row in asked]
     return [question.options[index].strip() for question, index in zip(questions, found.predictions, strict=True)]

@@ -35,7 +35,7 @@ class Example:
 
     ``prompt``: token ids. ``options``: token ids of each candidate answer (none empty). ``label``: index of the
     correct one, which is trained on; ``also_correct``: further ones. ``score_prompt``: count the prompt's own tokens,
-    too, in the options' log-probabilities.
+    too, in the options' log-probabilities. ``references``: texts of the right answers where the model writes one.
     """
 
     prompt: Sequence[int]
@@ -43,6 +43,7 @@ class Example:
     label: int
     score_prompt: bool = False
     also_correct: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:

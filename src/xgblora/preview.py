@@ -63,6 +63,8 @@ def rows_table(task: Task, config: PreviewConfig) -> Table:
 
 
 def _options(task: Task) -> str:
+    if task.generation:
+        return "written by the model"
     if isinstance(task.options, str) or any("{{" in option for option in task.options):
         return "of each row"
     return ", ".join(task.options)

@@ -17,6 +17,7 @@ from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate, score
 from xgblora.files import write_json
+from xgblora.generation import Writer
 from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
@@ -47,6 +48,9 @@ class Workspace:
         self.classification = (
             self.task.classification if config.train_as_classification is None else config.train_as_classification
         )
+        if self.classification and self.task.generation:
+            raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
+        self.writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
         length = min(config.max_length, context_length(self.model) or config.max_length)
         score_prompt = not self.classification and not config.only_train_option
 
@@ -70,7 +74,7 @@ class Workspace:
         def score(rows: list[Example], name: str) -> Evaluation:
             progress = None if config.disable_tqdm else f"{what}, {len(rows)} {name} rows"
             size = config.per_device_eval_batch_size
-            return evaluate(self.model, rows, self.packed, size, self.classification, progress)
+            return evaluate(self.model, rows, self.packed, size, self.classification, progress, self.writer)
 
         return score(eval_rows, self.eval_split), score(dev_rows, "dev") if dev_rows else None
 
@@ -135,9 +139,9 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     }
     if (metric := workspace.task.metric) != "accuracy":
         metrics["metric"] = metric
-        metrics["score"] = score(metric, workspace.eval, final.predictions)
-        metrics["zero_shot_score"] = score(metric, workspace.eval, zero_shot.predictions)
-        metrics["dev_score"] = score(metric, workspace.dev, dev.predictions) if dev else None
+        metrics["score"] = score(metric, workspace.eval, final)
+        metrics["zero_shot_score"] = score(metric, workspace.eval, zero_shot)
+        metrics["dev_score"] = score(metric, workspace.dev, dev) if dev else None
     metrics |= work
     write_json(folder / METRICS, metrics)  # last: it is what makes a run complete
     if config.result_file:
@@ -187,6 +191,7 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path
         eval_dataset=workspace.dev,
         packed=workspace.packed,
         ledger=ledger,
+        writer=workspace.writer,
     )
     recorder = CurveRecorder(folder, ledger)
     trainer.add_callback(recorder)

@@ -48,7 +48,13 @@ def stages(run: Path) -> tuple[list[Stage], list[Path]]:
     size, kind = config.per_device_eval_batch_size, workspace.classification
     scored = {
         name: evaluate_stages(
-            adapters, examples, workspace.packed, size, kind, None if config.disable_tqdm else f"stages, {name} rows"
+            adapters,
+            examples,
+            workspace.packed,
+            size,
+            kind,
+            None if config.disable_tqdm else f"stages, {name} rows",
+            workspace.writer,
         )
         for name, examples in rows.items()
         if examples

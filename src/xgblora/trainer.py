@@ -28,6 +28,7 @@ from xgblora.compilation import compiled
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate
+from xgblora.generation import Writer
 from xgblora.inference_layout import inference_layout, return_freed_memory
 from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
@@ -46,7 +47,7 @@ class Trainer(transformers.Trainer):
     ``adapters`` come from :func:`xgblora.attach` on ``model``; the datasets are sequences of
     :class:`xgblora.Example`. ``objective`` maps (model, batch) to one loss an example; by default it is the
     options' cross-entropy, or the language-model loss with ``args.train_as_classification = False``. ``ledger``: of
-    the same adapters, with the boosters to start from.
+    the same adapters, with the boosters to start from. ``writer``: evaluates answers that the model writes.
     The model always runs in eval mode: with dropout, the two probes of a direction would see different noise.
     Raises :class:`DivergedError` at a NaN or infinite loss, before the step is applied.
     """
@@ -64,6 +65,7 @@ class Trainer(transformers.Trainer):
         callbacks: list[TrainerCallback] | None = None,
         packed: bool | None = None,
         ledger: Ledger | None = None,
+        writer: Writer | None = None,
     ) -> None:
         if args.trainer == "none":
             raise XgbloraError("--trainer none does not train: evaluate instead")
@@ -77,6 +79,7 @@ class Trainer(transformers.Trainer):
         if args.recipe == "boost" and objective is not None:
             raise XgbloraError("--recipe boost fits the options' or the language model's loss: it takes no objective")
         self.adapters = adapters
+        self.writer = writer
         self.ledger = ledger or Ledger(adapters)
         self.classification = args.train_as_classification is not False
         self.objective = objective or (classification_loss if self.classification else language_model_loss)
@@ -247,6 +250,7 @@ class Trainer(transformers.Trainer):
             self.args.per_device_eval_batch_size,
             self.classification,
             progress=None if self.args.disable_tqdm else f"evaluating {len(examples)} examples",
+            writer=self.writer,
         )
         metrics = {f"{metric_key_prefix}_loss": found.loss, f"{metric_key_prefix}_accuracy": found.accuracy}
         self.log(dict(metrics))

@@ -7,7 +7,7 @@ from xgblora.tasks.data import Samples, load_splits, sample
 from xgblora.tasks.encode import encode
 from xgblora.tasks.file import load_task
 from xgblora.tasks.rotten_tomatoes import ROTTEN_TOMATOES
-from xgblora.tasks.task import Hub, Metric, Question, Task
+from xgblora.tasks.task import Generation, Hub, Metric, Question, Task
 
 TASKS = {
     task.name: task
@@ -27,6 +27,7 @@ def get_task(name: str) -> Task:
 
 __all__ = [
     "TASKS",
+    "Generation",
     "Hub",
     "Metric",
     "Question",

@@ -39,6 +39,8 @@ def encode(
     questions = _questions(task, rows, answered)
     if not questions:
         return []
+    if task.generation:
+        max_length -= task.generation.max_new_tokens
     if shown := [question.answered + BETWEEN for question in _questions(task, demonstrations, True)]:
         questions = _in_context(questions, shown, tokenizer, max_length)
     prompts = tokenizer([question.prompt for question in questions])["input_ids"]
@@ -53,7 +55,7 @@ def encode(
             raise XgbloraError(f"{task.name}, row {number}: {error}") from error
         cut += len(kept) < len(prompt)
         label, *others = question.correct or (0,)
-        examples.append(Example(kept, ids, label, score_prompt, tuple(others)))
+        examples.append(Example(kept, ids, label, score_prompt, tuple(others), question.references))
     if cut:
         room = f"{max_length} tokens with their options"
         logger.warning("%d of %d prompts were longer than %s and lost their beginning", cut, len(examples), room)
@@ -72,7 +74,7 @@ def _questions(task: Task, rows: Iterable[Mapping[str, Any]], answered: bool) ->
 
 def _in_context(questions: list[Question], shown: list[str], tokenizer: Tokenizer, max_length: int) -> list[Question]:
     """Each question after as many of the texts ``shown`` as fit, with a warning where that is not all of them."""
-    longest = [question.prompt + max(question.options, key=len) for question in questions]
+    longest = [question.prompt + max(question.options, key=len, default="") for question in questions]
     ends = list(accumulate(map(len, tokenizer(shown)["input_ids"]), initial=0))
     found, least = [], len(shown)
     for question, ids in zip(questions, tokenizer(longest)["input_ids"], strict=True):
@@ -94,6 +96,8 @@ def _options(questions: list[Question], prompts: list[list[int]], tokenizer: Tok
     where the prompt's own tokens come out otherwise there.
     """
     texts = [(question.prompt, option) for question in questions for option in question.options]
+    if not texts:  # answers that are to be written
+        return [[] for _ in questions]
     joined = tokenizer([prompt + option for prompt, option in texts])["input_ids"]
     alone = {option: tokenizer(option, add_special_tokens=False)["input_ids"] for option in {o for _, o in texts}}
     ends = [0]
@@ -116,7 +120,7 @@ def _fitting(prompt: list[int], question: Question, options: list[list[int]], ma
         if ids in options[:place]:
             other = question.options[options.index(ids)]
             raise XgbloraError(f"the options {other!r} and {option!r} have equal tokens")
-    longest = max(len(option) for option in options)
+    longest = max((len(option) for option in options), default=0)
     room = max_length - longest
     if room < 1 + first:
         raise XgbloraError(

@@ -8,9 +8,14 @@ import yaml
 
 from xgblora.errors import XgbloraError
 from xgblora.tasks.data import READERS
-from xgblora.tasks.task import SPLITS, Hub, Metric, Source, Task
+from xgblora.tasks.task import SPLITS, Generation, Hub, Metric, Source, Task
 
-KEYS = (*(field.name for field in fields(Task) if field.name != "source"), "hub", "data")
+KEYS = (
+    *(field.name for field in fields(Task) if field.name not in ("source", "generation")),
+    "generate",
+    "hub",
+    "data",
+)
 """What a task file may say."""
 
 
@@ -38,8 +43,11 @@ def _task(said: Any, path: Path) -> Task:
         if key not in KEYS:
             raise XgbloraError(f"unknown key {key!r}: choose from {', '.join(KEYS)}")
     values = dict(said)
+    if "generate" in values:
+        values["generation"] = _generation(values.pop("generate"))
+        values = {"options": (), "classification": "false"} | values
     for key in ("prompt", "options", "answer"):
-        if not values.get(key):
+        if not values.get(key) and not (key == "options" and "generation" in values):
             raise XgbloraError(f"{key} is missing")
     for key in ("name", "prompt", "answer", "option"):
         if not isinstance(values.get(key, ""), str):
@@ -56,11 +64,24 @@ def _task(said: Any, path: Path) -> Task:
     if "classification" in values:
         values["classification"] = _one_of("classification", values["classification"], {"true": True, "false": False})
     if "num_dev" in values:
-        if not str(values["num_dev"]).isdecimal():
-            raise XgbloraError(f"num_dev is a whole number, not {values['num_dev']!r}")
-        values["num_dev"] = int(values["num_dev"])
+        values["num_dev"] = _whole("num_dev", values["num_dev"])
     source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
     return Task(source=source, **({"name": path.stem} | values))
+
+
+def _generation(said: Any) -> Generation:
+    if not isinstance(said, dict) or not said.keys() <= {"max_new_tokens", "stop"} or not said.get("stop", "."):
+        raise XgbloraError("generate says max_new_tokens and stop, the text that ends an answer")
+    values = dict(said)
+    if "max_new_tokens" in values:
+        values["max_new_tokens"] = _whole("max_new_tokens", values["max_new_tokens"])
+    return Generation(**values)
+
+
+def _whole(key: str, value: Any) -> int:
+    if not str(value).isdecimal():
+        raise XgbloraError(f"{key} is a whole number, not {value!r}")
+    return int(value)
 
 
 def _one_of(key: str, value: Any, choices: dict[str, Any]) -> Any:

@@ -33,21 +33,31 @@ Source = Hub | Mapping[str, Path] | Callable[[], Mapping[str, Dataset]]
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How an answer is written: greedily, until ``stop`` or ``max_new_tokens``."""
+
+    max_new_tokens: int = 50
+    stop: str = "\n"
+
+
+@dataclass(frozen=True)
 class Question:
     """One row as a model sees it.
 
-    ``options``: the candidate answers as they continue ``prompt``, each with the space or line break before it.
-    ``correct``: places of the right ones among them, the one to train on first.
+    ``options``: the candidate answers as they continue ``prompt``, each with the space or line break before it; where
+    answers are written, the first right one and what ends it. ``correct``: places of the right ones among them, the one
+    to train on first. ``references``: all right answers where they are written.
     """
 
     prompt: str
     options: tuple[str, ...]
     correct: tuple[int, ...]
+    references: tuple[str, ...] = ()
 
     @property
     def answered(self) -> str:
         """The prompt with its first correct option."""
-        return self.prompt + self.options[self.correct[0]]
+        return (self.prompt + self.options[self.correct[0]]).rstrip()
 
 
 class _Empty(Undefined):
@@ -69,13 +79,14 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_tra
 
 @dataclass(frozen=True)
 class Task:
-    """A task by prompt: the model chooses one of several options as the prompt's continuation."""
+    """A task by prompt: the model chooses one of several options as the prompt's continuation, or writes one."""
 
     name: str
     prompt: str
     """Jinja template over the row's columns, e.g. ``{{ sentence | trim }} It was``."""
     options: tuple[str, ...] | str
-    """Jinja templates of the options; or an expression whose value is a row's list of them, e.g. its column."""
+    """Jinja templates of the options; or an expression whose value is a row's list of them, e.g. its column; none where
+    answers are written."""
     answer: str
     """Jinja expression: the correct option's number, or its text, or a list of either where several are correct."""
     source: Source
@@ -85,15 +96,25 @@ class Task:
     option: str = "{{ option }}"
     """Jinja template around each option."""
     metric: Metric = "accuracy"
-    """What is reported beside accuracy. f1: of the last of two options; macro_f1: the mean over options."""
+    """What is reported beside accuracy. f1: of the last of two options, or of the words of written answers; macro_f1:
+    the mean over options."""
     classification: bool = True
     """Trains by default on the cross-entropy over options, else as a language model on the correct one."""
     num_dev: int = 500
     """Development rows by default."""
+    generation: Generation | None = None
+    """How answers are written, where they are."""
 
     def __post_init__(self) -> None:
         """Raise :class:`XgbloraError` where templates or options cannot work, whatever the rows are."""
         _ = self._compiled
+        if self.generation is not None:
+            if self.options or self.labels or self.classification or self.metric == "macro_f1":
+                raise XgbloraError(
+                    f"{self.name} writes its answers: it has no options or labels, trains as a language model and is "
+                    "measured by accuracy or f1"
+                )
+            return
         if isinstance(self.options, tuple) and len(self.options) < 2:
             raise XgbloraError(f"a question needs at least 2 options, got {len(self.options)}")
         if self.metric != "accuracy" and isinstance(self.options, str):
@@ -151,6 +172,11 @@ class Task:
             raise XgbloraError("the prompt is empty")
         prompt = prompt.rstrip(" ")
         between = "" if prompt[-1].isspace() else " "
+        prompt = _clean(prompt, "the prompt")
+        if self.generation is not None:
+            if not answered:
+                return Question(prompt, (), ())
+            return self._written(prompt, between, self._evaluate("answer", values))
         given = self._evaluate("options", values)
         if not isinstance(given, (list, tuple)):
             raise XgbloraError(f"its options are no list, but {given!r}")
@@ -161,7 +187,15 @@ class Task:
             if text in texts[:place]:
                 raise XgbloraError(f"the option {text!r} is there twice")
         correct = self._correct(self._evaluate("answer", values), given, texts) if answered else ()
-        return Question(_clean(prompt, "the prompt"), tuple(between + text for text in texts), correct)
+        return Question(prompt, tuple(between + text for text in texts), correct)
+
+    def _written(self, prompt: str, between: str, answer: Any) -> Question:
+        assert self.generation is not None
+        given = answer if isinstance(answer, (list, tuple)) else [answer]
+        texts = [_text(str(_printed(one)), "an answer") for one in given]
+        if not texts:
+            raise XgbloraError("there is no right answer")
+        return Question(prompt, (between + texts[0] + self.generation.stop,), (0,), tuple(texts))
 
     def _evaluate(self, field: str, values: Mapping[str, Any]) -> Any:
         try:

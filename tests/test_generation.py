@@ -1,0 +1,100 @@
+"""Answers that a model writes: batches and adapters change nothing about them, and they are measured as SQuAD does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from conftest import ARCHITECTURES, build, byte_tokenizer
+from xgblora import Example, attach, predict
+from xgblora.cli import main
+from xgblora.generation import Writer, exact_match_and_f1
+from xgblora.inference_layout import inference_layout
+from xgblora.tasks import Generation, Question, Task
+
+TOKENIZER = byte_tokenizer()
+NAMES = ("ann", "bob", "eve")
+MINE = """data: {train: train.jsonl, test: test.jsonl}
+prompt: "{{ name }} is called"
+answer: name
+generate: {max_new_tokens: 12}
+metric: f1
+"""
+
+
+def step_by_step(model: PreTrainedModel, prompt: list[int], ends: Generation) -> str:
+    """Greedy decoding by whole forwards, without cache, batch or padding."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + ends.max_new_tokens and ids[-1] != TOKENIZER.eos_token_id:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ends.stop in TOKENIZER.decode(ids[len(prompt) :]):
+            break
+    return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True).split(ends.stop, 1)[0].strip()
+
+
+@pytest.mark.parametrize("stop", ["\n", "e", "zz"])
+def test_writing_is_greedy_decoding(
+    stop: str, architecture: PreTrainedConfig, randomise: Callable[[Any, int], None]
+) -> None:
+    """With an adapter that has learned something, batches of prompts of different lengths, in either layout."""
+    model = build(architecture)
+    prompts = [TOKENIZER("x" * length + " is")["input_ids"] for length in (1, 9, 4, 20)]
+    rows = [Example(prompt, [[5]], 0) for prompt in prompts]
+    ends = Generation(10, stop)
+    bare = Writer(TOKENIZER, ends).write(model, rows)
+    randomise(attach(model, 1, 16), 1)
+    expected = [step_by_step(model, prompt, ends) for prompt in prompts]
+    assert Writer(TOKENIZER, ends).write(model, rows) == expected
+    with inference_layout(model):
+        assert Writer(TOKENIZER, ends).write(model, rows) == expected
+    assert bare != expected or stop == "e"
+    assert all(stop not in text for text in expected)
+
+
+def test_measured_as_squad_does() -> None:
+    rows = [Example([1], [[2]], 0, references=("the cat", "a black Cat")), Example([1], [[2]], 0, references=("1999",))]
+    assert exact_match_and_f1(rows, ["Cat!", "in 1999"]) == pytest.approx((1 / 2, (1 + 2 / 3) / 2))
+    assert exact_match_and_f1(rows, ["", "dog"]) == (0, 0)
+
+
+def test_questions_that_are_answered_in_writing() -> None:
+    task = Task("T", "{{ q }}?", (), "a", dict, classification=False, metric="f1", generation=Generation())
+    assert task.question({"q": "who", "a": [" Ann ", "Bob"]}) == Question("who?", (" Ann\n",), (0,), ("Ann", "Bob"))
+    assert task.question({"q": "how many", "a": 3}).references == ("3",)
+    assert task.question({"q": "who", "a": "Ann"}).answered == "who? Ann"
+    assert task.question({"q": "who"}, answered=False) == Question("who?", (), ())
+    assert len(predict(build(ARCHITECTURES["llama"]), TOKENIZER, task, ["who", "what"])) == 2
+
+
+def test_a_model_learns_to_write_an_answer(tmp_path: Path) -> None:
+    """From data files to exact matches: the tiny model learns to repeat a name, word for word, and to stop."""
+    lines = "".join(json.dumps({"name": NAMES[number % 3]}) + "\n" for number in range(60))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+    build(ARCHITECTURES["llama"]).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    command = f"train --model_name {tmp_path / 'model'} --trainer regular --lora --optim adamw_torch --use_cpu true"
+    command += (
+        " --learning_rate 1e-2 --max_steps 100 --num_train 40 --num_dev 10 --num_eval 9 --eval_steps 50 --lora_r 8"
+    )
+    command += " --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    flags = [
+        "--task_file",
+        str(tmp_path / "mine.yaml"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--disable_tqdm",
+        "true",
+    ]
+    assert main([*command.split(), *flags]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["zero_shot_score"] == 0
+    assert (metrics["accuracy"], metrics["score"], metrics["dev_score"]) == (1, 1, 1)
+    curve = [json.loads(line) for line in (tmp_path / "run" / "eval_loss.jsonl").read_text("utf-8").splitlines()]
+    assert curve[-1]["eval_accuracy"] == 1
