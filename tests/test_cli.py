@@ -299,6 +299,10 @@ def test_learning_in_context_is_a_run(run: Run, model_folder: Path, data_folder:
     assert found["0"]["rows"]["train"] == 0
     assert found["0"]["eval_loss"] == found["0"]["zero_shot_loss"] == found["2"]["zero_shot_loss"]
     assert found["2"]["eval_loss"] != found["2"]["zero_shot_loss"]
+    command = ["train", *flags, "--num_train", 0, "--calibrated", "--output_dir", tmp_path / "calibrated"]
+    assert run(*command)[0] == 0
+    calibrated = json.loads((tmp_path / "calibrated" / "metrics.json").read_text(encoding="utf-8"))
+    assert calibrated["eval_loss"] != found["0"]["eval_loss"]
     code, _, err = run("train", *flags[:-4], "--num_train", 0, "--output_dir", tmp_path / "x", "--max_steps", 1)
     assert code == 2
     assert "--num_train must be at least 1, got 0" in err
@@ -343,6 +347,8 @@ BAD_FLAGS = [
     ("--torch_compile_mode max-autotune", "--torch_compile_mode is not supported"),
     ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),
     ("--logging_nan_inf_filter", "--logging_nan_inf_filter is not supported: it hides a diverged loss"),
+    ("--calibrated", "--calibrated weighs the options of the base as it is: give --trainer none"),
+    ("--task_file no/such.yaml", "the task file no/such.yaml does not exist"),
     ("--data_dir no/such/folder", "the data folder no/such/folder does not exist"),
 ]
 
@@ -446,7 +452,7 @@ def test_another_run_in_the_folder_is_refused(run: Run, small: list[str], tmp_pa
     assert "holds a run of another configuration (zo_eps 0.001 -> 0.005)" in err
     code, _, err = run(*command, *"--xgblora --recipe boost --boost_ridge 2".split())
     assert code == 2
-    assert "holds a run of another configuration (recipe classic -> boost, boost_boosters None -> 4" in err
+    assert "holds a run of another configuration (recipe classic -> boost, boost_ridge 1.0 -> 2.0" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
     assert run(*command, "--zo_eps", "5e-3", "--overwrite_output_dir")[0] == 0
 
@@ -537,6 +543,35 @@ def test_boost_beside_lora(run: Run, small: list[str], tmp_path: Path) -> None:
     assert "no effect" not in out  # each arm has the flags of its recipe
     lora = json.loads((tmp_path / "lora_seed0" / "config.json").read_text("utf-8"))
     assert lora["boost_boosters"] == RunConfig(output_dir="unused").boost_boosters
+
+
+def test_learning_in_context_beside_lora(run: Run, small: list[str], tmp_path: Path) -> None:
+    """A row of the table and a bar of the summary; curves are of what was trained."""
+    flags = "--methods in-context lora --in_context_examples 2 --seeds 0 1 --max_steps 4 --eval_steps 2".split()
+    command = ["compare", "--output_root", tmp_path, *flags, *small]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert out.count("│ in-context") == 2
+    found = {
+        name: json.loads((tmp_path / name / "metrics.json").read_text("utf-8"))
+        for name in ("in-context_seed0", "lora_seed0")
+    }
+    assert [m["rows"] for m in found.values()] == [{"train": n, "dev": 10, "evaluation": 20} for n in (2, 40)]
+    assert found["in-context_seed0"]["eval_loss"] != found["in-context_seed0"]["zero_shot_loss"]
+    assert found["in-context_seed0"]["zero_shot_loss"] == found["lora_seed0"]["zero_shot_loss"]
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("loss", "eval", "summary"))
+    assert "identical" not in out
+    assert "All 4 runs" in run(*command)[1]
+
+
+def test_a_flag_that_an_older_version_lacked_has_its_default(run: Run, small: list[str], tmp_path: Path) -> None:
+    command = ["train", *small, "--trainer", "none", "--num_train", 0, "--output_dir", tmp_path]
+    assert run(*command)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    del config["calibrated"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "is complete: nothing to do" in run(*command)[1]
+    assert "another configuration (calibrated False -> True" in run(*command, "--calibrated")[2]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Evaluation: its numbers do not depend on batches, order or layout."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +49,31 @@ def test_predictions_are_options() -> None:
     found = predict(model, byte_tokenizer(), task, ["fine", "bad", "so"])
     assert len(found) == 3
     assert set(found) <= set(task.options)
+
+
+@pytest.mark.parametrize("classification", [True, False])
+def test_calibrated_scores_are_what_a_prompt_adds(classification: bool) -> None:
+    model = build(ARCHITECTURES["llama"])
+    draw = [[[5], [9, 6], [7, 7, 7]], [[8, 4], [3]]]
+    rows = [
+        replace(row, options=draw[number % 2], label=number % 2, null_prompt=(20, 21 + number % 3))
+        for number, row in enumerate(examples(30))
+    ]
+
+    def plain(prompt: Sequence[int], option: list[int]) -> float:
+        with torch.no_grad():
+            logs = model(torch.tensor([[*prompt, *option]])).logits[0].double().log_softmax(-1)
+        return sum(logs[len(prompt) - 1 + i, token].item() for i, token in enumerate(option)) / len(option)
+
+    wanted = [[plain(e.prompt, option) - plain(e.null_prompt, option) for option in e.options] for e in rows]
+    found = evaluate(model, rows, True, 7, classification, calibrated=True)
+    assert found.predictions == [scores.index(max(scores)) for scores in wanted]
+    assert found.predictions != evaluate(model, rows, True, 7, classification).predictions
+    losses = [math.log(sum(map(math.exp, scores))) - scores[e.label] for e, scores in zip(rows, wanted, strict=True)]
+    if classification:
+        assert found.loss == pytest.approx(sum(losses) / 30, rel=1e-4)
+    with pytest.raises(XgbloraError, match="give the task a null_prompt"):
+        evaluate(model, examples(4), True, 7, calibrated=True)
 
 
 def test_rows_without_answers_are_predicted() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,10 @@ def test_every_task_of_the_hub_is_here() -> None:
 def test_prompts_are_as_written(name: str) -> None:
     rows = fixture(name)
     questions = [TASKS[name].question(row) for row in rows]
-    assert questions[0] == EXPECTED[name]
+    assert replace(questions[0], null_prompt="") == EXPECTED[name]
+    if TASKS[name].generation is None:
+        assert questions[0].prompt.endswith(questions[0].null_prompt) or name in ("WIC", "WinoGrande")
+        assert questions[0].null_prompt
     assert len(rows) >= 20
     assert all(question.prompt == question.prompt.rstrip(" ") for question in questions)
     if not isinstance(TASKS[name].options, str):

@@ -22,7 +22,7 @@ def task(*options: str) -> Task:
 def test_prompts_are_as_documented(name: str) -> None:
     column = "text" if name == "RottenTomatoes" else "sentence"
     found = get_task(name).question({column: " a lovely film \n", "label": 1})
-    assert found == Question("a lovely film It was", (" terrible", " great"), (1,))
+    assert found == Question("a lovely film It was", (" terrible", " great"), (1,), null_prompt="It was")
 
 
 def test_braces_and_quotes_in_a_text_are_text() -> None:

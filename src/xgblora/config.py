@@ -21,7 +21,7 @@ from xgblora.errors import XgbloraError
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["lora", "xgblora", "boost"]
+Method = Literal["lora", "xgblora", "boost", "in-context"]
 Recipe = Literal["classic", "boost"]
 """The methods of a comparison."""
 
@@ -110,6 +110,11 @@ class RunConfig(TrainingArguments):
     trainer: Literal["zo", "regular", "none"] = HfArg(
         default="zo",
         help="zo: zeroth-order; regular: backpropagation, same adapters; none: the base as it is.",
+    )
+    calibrated: bool = HfArg(
+        default=False,
+        help="With --trainer none: score an option by what the prompt adds to it, log p(option | prompt) - "
+        "log p(option | null prompt).",
     )
     recipe: Recipe = HfArg(
         default="classic",
@@ -335,6 +340,8 @@ class RunConfig(TrainingArguments):
                 refuse(flag, "one of " + ", ".join(choice for choice in choices if choice))
         if self.task_file is not None and not Path(self.task_file).is_file():
             raise XgbloraError(f"the task file {self.task_file} does not exist")
+        if self.calibrated and self.trainer != "none":
+            raise XgbloraError("--calibrated weighs the options of the base as it is: give --trainer none")
         if self.init_adapter and not self.makes_boosters:
             raise XgbloraError("--init_adapter starts from boosters, which --xgblora has: give both")
         if self.lora and self.xgblora:
@@ -445,6 +452,7 @@ def arm(config: RunConfig, method: Method, **changes: Any) -> RunConfig:
     """``config`` as one method of a comparison. Rank and alpha are given to all methods, explicitly.
 
     ``boost`` counts boosters in place of steps: ``max_steps``, batch and merges of ``config`` are the other methods'.
+    ``in-context`` trains nothing.
     """
     own: dict[str, Any]
     if method == "boost":
@@ -453,6 +461,8 @@ def arm(config: RunConfig, method: Method, **changes: Any) -> RunConfig:
         own |= {"xgblora_layers": 0, "lora_target_modules": []}
     elif method == "xgblora":
         own = {"lora": False, "xgblora": True, "lora_r": 1}
+    elif method == "in-context":
+        own = {"trainer": "none", "lora": False, "xgblora": False, "init_adapter": None, "torch_compile": False}
     else:
         own = {"lora": True, "xgblora": False, "lora_r": config.lora_r}
         own |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_use_adaptive_merge": False}

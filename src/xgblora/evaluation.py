@@ -1,6 +1,6 @@
 """Scoring a data set: loss, and accuracy of options or of written answers, in batches of equally many tokens."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,12 +8,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.adapters import Adapters
+from xgblora.errors import XgbloraError
 from xgblora.generation import Writer, exact_match_and_f1
 from xgblora.inference_layout import inference_layout
 from xgblora.lower_layers import LowerLayers
@@ -44,14 +45,21 @@ def evaluate(
     classification: bool = True,
     progress: str | None = None,
     writer: Writer | None = None,
+    calibrated: bool = False,
 ) -> Evaluation:
     """Choose the best option of every example, or write its answer, with a ``writer``.
+
+    ``calibrated``: an option's score is what the prompt adds to it, log p(option | prompt) - log p(option | null
+    prompt) per token (Holtzman et al. 2021, arXiv 2104.08315): none is chosen for being a likely text by itself.
 
     The loss is the training loss without the prompt's share: cross-entropy over options with ``classification``,
     else the mean negative log-probability of the correct option's tokens. A batch holds as many tokens as
     ``batch_size`` examples of average length. ``progress`` names a progress bar.
     """
-    return _evaluate(model, examples, packed, batch_size, classification, progress, writer, [nullcontext])[0]
+    nulls = null_scores(model, examples, packed, batch_size) if calibrated else None
+    return _evaluate(
+        model, examples, packed, batch_size, classification, progress, writer, [nullcontext], null_scores=nulls
+    )[0]
 
 
 def evaluate_stages(
@@ -85,8 +93,10 @@ def _evaluate(
     writer: Writer | None,
     stages: Sequence[Callable[[], AbstractContextManager[None]]],
     lower_layers: LowerLayers | None = None,
+    null_scores: Mapping[Hashable, Tensor] | None = None,
 ) -> list[Evaluation]:
     """One evaluation for every stage: what to do to the model around a forward."""
+    normalised = not classification or null_scores is not None
     device = next(model.parameters()).device
     predictions = [[0] * len(examples) for _ in stages]
     losses: list[list[Tensor]] = [[] for _ in stages]
@@ -100,7 +110,10 @@ def _evaluate(
             batch = plain.filled()
             for number, stage in enumerate(stages):
                 with stage(), lower_layers.shared(plain, batch) if lower_layers else nullcontext():
-                    scores = option_scores(model, batch, normalised=not classification)
+                    scores = option_scores(model, batch, normalised)
+                if null_scores is not None:
+                    own = [null_scores[_null(row)] for row in rows]
+                    scores = scores - nn.utils.rnn.pad_sequence(own, batch_first=True)
                 losses[number].append(score_losses(scores, batch.label, classification))
                 for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
                     predictions[number][i] = prediction
@@ -116,6 +129,31 @@ def _evaluate(
             texts = writer.write(model, examples, None if progress is None else f"{progress}, writing")
         found.append(Evaluation(exact_match_and_f1(examples, texts)[0], loss, prediction, texts))
     return found
+
+
+@torch.inference_mode()
+def null_scores(
+    model: PreTrainedModel, examples: Sequence[Example], packed: bool, batch_size: int
+) -> dict[Hashable, Tensor]:
+    """Mean token log-probabilities (options,) of every example's options after its null prompt, by :func:`_null`.
+
+    Raises :class:`XgbloraError` where an example has no null prompt.
+    """
+    if not all(example.null_prompt for example in examples):
+        raise XgbloraError("calibrated scores need a prompt that asks nothing: give the task a null_prompt")
+    bare = {_null(e): Example(e.null_prompt, e.options, 0) for e in examples}
+    keys, rows = list(bare), list(bare.values())
+    found: dict[Hashable, Tensor] = {}
+    for chosen in _by_tokens(rows, batch_size):
+        batch = build_batch([rows[i] for i in chosen], packed).to(model.device)
+        for i, scores in zip(chosen, option_scores(model, batch.filled(), normalised=True), strict=True):
+            found[keys[i]] = scores[: len(rows[i].options)]
+    return found
+
+
+def _null(example: Example) -> Hashable:
+    """What an example's scores without its prompt depend on."""
+    return example.null_prompt, tuple(map(tuple, example.options))
 
 
 def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:

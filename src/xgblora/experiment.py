@@ -31,7 +31,10 @@ class ExperimentConfig(RunConfig):
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds; each arm is trained once with each.")
     methods: list[str] = HfArg(
         default_factory=lambda: ["lora", "xgblora"],
-        help="What compare compares: lora, xgblora, and boost, XGBLoRA by --recipe boost.",
+        help="What compare compares: lora, xgblora, boost (XGBLoRA by --recipe boost), in-context (nothing trained).",
+    )
+    in_context_examples: int = HfArg(
+        default=8, help="Method in-context: answered training examples in front of every prompt."
     )
     skip_completed: bool = HfArg(
         default=False, help="Go on with a broken comparison: keep finished runs, resume the unfinished one."
@@ -59,7 +62,7 @@ class ExperimentConfig(RunConfig):
     @property
     def makes_boosters(self) -> bool:
         """Whether any arm has boosters: those start from ``--init_adapter``, arms of LoRA do not."""
-        return set(self.methods) != {"lora"}
+        return not set(self.methods) <= {"lora", "in-context"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def arms(config: ExperimentConfig) -> list[RunConfig]:
             of_others |= of_recipe(other)
         for seed in config.seeds:
             folder = str(root / f"{method}_seed{seed}")
+            if method == "in-context":
+                of_others |= {"num_train": config.in_context_examples}
             runs.append(arm(config, cast(Method, method), seed=seed, data_seed=seed, output_dir=folder, **of_others))
     return runs
 
@@ -104,17 +109,20 @@ def experiment(config: ExperimentConfig) -> Result:
             f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
             "go on with --skip_completed or start again with --overwrite_output_dir"
         )
-    scalings = {each.scaling for each in runs if each.recipe == "classic"}  # a fit's step length undoes the scaling
+    # Neither a fit, whose step length undoes the scaling, nor what is not trained.
+    scalings = {each.scaling for each in runs if each.recipe == "classic" and each.trainer != "none"}
     if len(scalings) > 1:
         logger.warning(
             "The methods differ in scaling (alpha/r: %s) and so in step size: --lora_rank 1 compares alike",
             " and ".join(str(s) for s in sorted(scalings)),
         )
     workspace = None
+    # Rows are shared by all arms: an arm that trains says how many.
+    trained = next((each for each in runs if each.trainer != "none"), runs[0])
     for number, (each, done) in enumerate(zip(runs, finished, strict=True), start=1):
         if not done:
-            workspace = workspace or Workspace(each)
-            logger.info("Run %d of %d: %s, seed %d", number, len(runs), each.method, each.seed)
+            workspace = workspace or Workspace(trained)
+            logger.info("Run %d of %d: %s", number, len(runs), Path(str(each.output_dir)).name)
             run(each, workspace)
     return report(config, [Path(str(each.output_dir)) for each in runs])
 
@@ -139,9 +147,10 @@ def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
         path = Path(asked) if asked else root / name
         if draw in (draw_eval, draw_merge_eval) and not any(run.evals for run in curves):
             continue  # nothing was evaluated on the way
-        if draw is draw_summary and any(run.metrics.get("seconds_per_step") is None for run in curves):
-            continue  # nothing was trained
-        draw(curves, path)
+        trained = [run for run in curves if run.metrics.get("seconds_per_step") is not None]
+        if draw is draw_summary and not trained:
+            continue
+        draw(curves if draw is draw_summary or not trained else trained, path)
         files.append(path)
     return Result(curves, [*files, summary, *(folder / METRICS for folder in folders)])
 
@@ -150,5 +159,6 @@ def _identical(curves: Sequence[Curves]) -> dict[str, bool]:
     """For each seed with several methods: whether their training losses are equal to the last bit."""
     seeds: dict[str, list[list[float]]] = {}
     for each in curves:
-        seeds.setdefault(str(each.seed), []).append([line["loss"] for line in each.loss])
+        if each.metrics["trainer"] != "none":
+            seeds.setdefault(str(each.seed), []).append([line["loss"] for line in each.loss])
     return {seed: all(loss == group[0] for loss in group) for seed, group in seeds.items() if len(group) > 1}

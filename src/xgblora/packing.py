@@ -36,6 +36,7 @@ class Example:
     ``prompt``: token ids. ``options``: token ids of each candidate answer (none empty). ``label``: index of the
     correct one, which is trained on; ``also_correct``: further ones. ``score_prompt``: count the prompt's own tokens,
     too, in the options' log-probabilities. ``references``: texts of the right answers where the model writes one.
+    ``null_prompt``: token ids that ask nothing, for calibrated scores.
     """
 
     prompt: Sequence[int]
@@ -44,6 +45,7 @@ class Example:
     score_prompt: bool = False
     also_correct: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
+    null_prompt: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -1,14 +1,17 @@
 """One run from configuration to files: model, task, training, evaluation, metrics."""
 
+import dataclasses
 import json
 import logging
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from xgblora.adapters import Adapters, LayerSubset, attach
@@ -54,15 +57,12 @@ class Workspace:
         length = min(config.max_length, context_length(self.model) or config.max_length)
         score_prompt = not self.classification and not config.only_train_option
 
-        def encoded(rows: Any, demonstrations: Any = ()) -> list[Example]:
+        def encoded(rows: Dataset, demonstrations: Sequence[Any] = ()) -> list[Example]:
             return encode(self.task, rows, self.tokenizer, length, score_prompt, demonstrations=demonstrations)
 
         self.train, self.dev, self.eval = encoded(samples.train), encoded(samples.dev), encoded(samples.eval)
         self.eval_split = samples.eval_split
-        self.answered: tuple[list[Example], list[Example]] | None = None
-        """Evaluation and dev rows behind the training rows, for a run that learns in context."""
-        if config.trainer == "none" and config.train_rows:
-            self.answered = encoded(samples.eval, samples.train), encoded(samples.dev, samples.train)
+        self._encoded, self._samples = encoded, samples
         self._zero_shot: tuple[Evaluation, Evaluation | None] | None = None
 
     def scores(
@@ -74,9 +74,17 @@ class Workspace:
         def score(rows: list[Example], name: str) -> Evaluation:
             progress = None if config.disable_tqdm else f"{what}, {len(rows)} {name} rows"
             size = config.per_device_eval_batch_size
-            return evaluate(self.model, rows, self.packed, size, self.classification, progress, self.writer)
+            return evaluate(
+                self.model, rows, self.packed, size, self.classification, progress, self.writer, config.calibrated
+            )
 
         return score(eval_rows, self.eval_split), score(dev_rows, "dev") if dev_rows else None
+
+    def in_context(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
+        """The scores with the first training rows of a run, answered, in front of every prompt."""
+        shown = [row for row, _ in zip(self._samples.train, range(config.train_rows), strict=False)]
+        rows = self._encoded(self._samples.eval, shown), self._encoded(self._samples.dev, shown)
+        return self.scores(config, f"{len(shown)} in context", rows)
 
     def zero_shot(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
         """The scores before any training, taken once. Fresh adapters (B = 0) change no bit of them."""
@@ -104,13 +112,15 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
         "model": config.model_name,
         "task": workspace.task.name,
         "evaluation_split": workspace.eval_split,
-        "rows": {"train": len(workspace.train), "dev": len(workspace.dev), "evaluation": len(workspace.eval)},
+        "rows": {
+            "train": min(config.train_rows, len(workspace.train)),
+            "dev": len(workspace.dev),
+            "evaluation": len(workspace.eval),
+        },
     }
     if config.trainer == "none":
         prepare_folder(config)
-        final, dev = workspace.zero_shot(config)
-        if workspace.answered:
-            final, dev = workspace.scores(config, f"{len(workspace.train)} in context", workspace.answered)
+        final, dev = workspace.in_context(config) if config.train_rows else workspace.zero_shot(config)
         work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0}
         work |= {"forward_sequences": 0, "forward_tokens": 0}
     else:
@@ -259,6 +269,9 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     except ValueError as error:
         raise XgbloraError(f"{file} is damaged: use --overwrite_output_dir to start again") from error
     ours = config.identity()
+    for field in dataclasses.fields(RunConfig):  # a run of a version that lacked a flag is one of its default
+        if field.name in ours and field.default is not dataclasses.MISSING:
+            there.setdefault(field.name, field.default)
     for name in ("train_as_classification", "num_dev"):  # what is left to the task is settled when the run begins
         if ours[name] is None:
             there[name] = None

@@ -115,7 +115,9 @@ def draw_summary(runs: Sequence[Curves], path: Path) -> None:
             (left, "accuracy", 100, "{:.1f} %"),
             (right, "seconds_per_step", 1, "{:.3g} s"),
         ):
-            values = factor * np.array([run.metrics[name] for run in group], dtype=float)
+            values = factor * np.array([run.metrics[name] for run in group if name in run.metrics], dtype=float)
+            if not len(values):
+                continue  # nothing was trained
             spread = values.std(ddof=1) if len(values) > 1 else 0
             axes.bar(label, values.mean(), yerr=spread, color=COLOURS[number % 4], capsize=6, width=0.6)
             axes.plot([label] * len(values), values, "o", color="black", markersize=3, alpha=0.6)

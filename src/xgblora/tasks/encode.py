@@ -45,6 +45,7 @@ def encode(
         questions = _in_context(questions, shown, tokenizer, max_length)
     prompts = tokenizer([question.prompt for question in questions])["input_ids"]
     options = _options(questions, prompts, tokenizer)
+    nulls = {text: tuple(tokenizer(text)["input_ids"]) if text else () for text in {q.null_prompt for q in questions}}
     first = len(tokenizer("")["input_ids"])  # special tokens that open every text (BOS)
     cut = 0
     examples = []
@@ -55,7 +56,9 @@ def encode(
             raise XgbloraError(f"{task.name}, row {number}: {error}") from error
         cut += len(kept) < len(prompt)
         label, *others = question.correct or (0,)
-        examples.append(Example(kept, ids, label, score_prompt, tuple(others), question.references))
+        examples.append(
+            Example(kept, ids, label, score_prompt, tuple(others), question.references, nulls[question.null_prompt])
+        )
     if cut:
         room = f"{max_length} tokens with their options"
         logger.warning("%d of %d prompts were longer than %s and lost their beginning", cut, len(examples), room)

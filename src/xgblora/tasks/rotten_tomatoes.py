@@ -40,4 +40,5 @@ ROTTEN_TOMATOES = Task(
     options=("terrible", "great"),
     answer="label",
     source=_splits,
+    null_prompt="It was",
 )

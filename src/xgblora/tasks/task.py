@@ -46,13 +46,15 @@ class Question:
 
     ``options``: the candidate answers as they continue ``prompt``, each with the space or line break before it; where
     answers are written, the first right one and what ends it. ``correct``: places of the right ones among them, the one
-    to train on first. ``references``: all right answers where they are written.
+    to train on first. ``references``: all right answers where they are written. ``null_prompt``: what stands in the
+    prompt's place where options are weighed by themselves.
     """
 
     prompt: str
     options: tuple[str, ...]
     correct: tuple[int, ...]
     references: tuple[str, ...] = ()
+    null_prompt: str = ""
 
     @property
     def answered(self) -> str:
@@ -104,6 +106,8 @@ class Task:
     """Development rows by default."""
     generation: Generation | None = None
     """How answers are written, where they are."""
+    null_prompt: str = ""
+    """Jinja template of a prompt that asks nothing, for calibrated scores (Holtzman et al. 2021, arXiv 2104.08315)."""
 
     def __post_init__(self) -> None:
         """Raise :class:`XgbloraError` where templates or options cannot work, whatever the rows are."""
@@ -131,7 +135,9 @@ class Task:
     def _asking(self) -> set[str]:
         """Those of the prompt and the options."""
         options = self.options if isinstance(self.options, tuple) else ("{{ " + self.options + " }}",)
-        return {name for text in (self.prompt, *options, self.option) for name in _columns(text)} - {"option"}
+        return {name for text in (self.prompt, self.null_prompt, *options, self.option) for name in _columns(text)} - {
+            "option"
+        }
 
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or the row that a text stands for."""
@@ -145,7 +151,7 @@ class Task:
     def _compiled(self) -> dict[str, Callable[..., Any]]:
         """Each template and expression as a function of a row's columns. Raises :class:`XgbloraError` for bad ones."""
         found: dict[str, Callable[..., Any]] = {}
-        for field, text in (("prompt", self.prompt), ("option", self.option)):
+        for field, text in (("prompt", self.prompt), ("option", self.option), ("null_prompt", self.null_prompt)):
             found[field] = self._compile(field, _ENVIRONMENT.from_string, text).render
         found["answer"] = self._compile("answer", _expression, self.answer)
         if isinstance(self.options, str):
@@ -187,7 +193,8 @@ class Task:
             if text in texts[:place]:
                 raise XgbloraError(f"the option {text!r} is there twice")
         correct = self._correct(self._evaluate("answer", values), given, texts) if answered else ()
-        return Question(prompt, tuple(between + text for text in texts), correct)
+        null_prompt = self._evaluate("null_prompt", values).rstrip(" ")
+        return Question(prompt, tuple(between + text for text in texts), correct, null_prompt=null_prompt)
 
     def _written(self, prompt: str, between: str, answer: Any) -> Question:
         assert self.generation is not None
