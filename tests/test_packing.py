@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import BloomConfig, Gemma2Config, GPTNeoConfig, MambaConfig, PreTrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, LogLines, build, examples
-from xgblora import Example
+from xgblora import Example, objectives
 from xgblora.objectives import classification_loss, language_model_loss, option_scores
 from xgblora.packing import FILLING, build_batch, choose_route
 
@@ -43,6 +43,21 @@ def test_option_scores_equal_one_option_a_call(
         wanted = plain_scores(model, example)
         torch.testing.assert_close(scores[: len(wanted)], torch.tensor(wanted), rtol=1e-4, atol=1e-4)
         assert (scores[len(wanted) :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("score_prompt", [False, True])
+def test_logits_may_be_held_part_by_part(packed: bool, score_prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and gradients; a target's position may lie in any part."""
+    model = build(ARCHITECTURES["llama"])
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    batch = build_batch([Example(e.prompt, e.options, e.label, score_prompt) for e in ROWS], packed)
+    found = []
+    for reads in (1024, 3):
+        monkeypatch.setattr(objectives, "READS_AT_ONCE", reads)
+        losses = language_model_loss(model, batch)
+        found.append((losses, *torch.autograd.grad(losses.sum(), weight)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("packed", [True, False])

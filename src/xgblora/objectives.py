@@ -13,6 +13,10 @@ Objective = Callable[[PreTrainedModel, Batch], Tensor]
 """(model, batch) -> losses (segments,) float32; write your own to train on anything a forward pass can score."""
 
 
+READS_AT_ONCE = 1024
+"""Predicting positions whose logits over the vocabulary are held at once: 200 MB with 49,152 words."""
+
+
 def option_scores(model: PreTrainedModel, batch: Batch, normalised: bool = False) -> Tensor:
     """Mean token log-probability of each option: (segments, max_options) float32, -inf where there is none.
 
@@ -29,13 +33,28 @@ def hidden_scores(model: PreTrainedModel, hidden: Tensor, batch: Batch, normalis
         logits = head_logits(model, hidden, rows)
         token_scores = logits[batch.target_read, column]
     else:
-        logits = head_logits(model, hidden, None)
-        token_scores = logits[batch.target_read, batch.target] - torch.logsumexp(logits, dim=1)[batch.target_read]
+        token_scores = _log_probabilities(model, hidden, batch)
     options = batch.option_cell.numel()
     total = token_scores.new_zeros(options).index_add(0, batch.target_option, token_scores)
     mean = total / torch.bincount(batch.target_option, minlength=options)
     cells = mean.new_full((batch.segments * batch.max_options,), -torch.inf)
     return cells.index_copy(0, batch.option_cell, mean).view(batch.segments, batch.max_options)
+
+
+def _log_probabilities(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> Tensor:
+    """Log-probability (targets,) of every target token.
+
+    READS_AT_ONCE reads at a time: the whole vocabulary's logits of a batch of long options would take gigabytes.
+    """
+    found, places = [], []
+    for start in range(0, len(hidden), READS_AT_ONCE):
+        logits = head_logits(model, hidden[start : start + READS_AT_ONCE], None)
+        place = ((batch.target_read >= start) & (batch.target_read < start + len(logits))).nonzero()[:, 0]
+        read = batch.target_read[place] - start
+        found.append(logits[read, batch.target[place]] - torch.logsumexp(logits, dim=1)[read])
+        places.append(place)
+    scores = torch.cat(found)
+    return torch.empty_like(scores).index_copy(0, torch.cat(places), scores)
 
 
 def score_losses(scores: Tensor, label: Tensor, classification: bool, targets: Tensor | None = None) -> Tensor:
