@@ -21,7 +21,7 @@ from xgblora.lower_layers import LowerLayers
 from xgblora.models import context_length
 from xgblora.objectives import option_scores, score_losses
 from xgblora.packing import Example, build_batch, choose_route, split_by_tokens
-from xgblora.tasks import Metric, Task, encode
+from xgblora.tasks import Chat, Metric, Task, encode
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def accuracy(examples: Sequence[Example], predictions: Sequence[int]) -> float:
 
 
 def predict(
-    model: PreTrainedModel, tokenizer: Tokenizer, task: Task, rows: Sequence[Mapping[str, Any] | str]
+    model: PreTrainedModel, tokenizer: Tokenizer, task: Task | Chat, rows: Sequence[Mapping[str, Any] | str]
 ) -> list[str]:
     """The option of ``task`` that the model chooses for each row, e.g. ``['great', 'terrible']``, or what it writes.
 
@@ -195,8 +195,9 @@ def predict(
     """
     asked = [task.asked(row) for row in rows]
     examples = encode(task, asked, tokenizer, context_length(model) or 2048, answered=False)
-    if task.generation:
+    if task.generation is not None:
         return Writer(tokenizer, task.generation).write(model, examples)
+    assert isinstance(task, Task)  # what an assistant says is always written
     found = evaluate(model, examples, choose_route(model), batch_size=16)
     questions = [task.question(row, answered=False) for row in asked]
     return [question.options[index].strip() for question, index in zip(questions, found.predictions, strict=True)]

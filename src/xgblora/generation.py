@@ -30,12 +30,12 @@ class Writer:
 
         ``progress`` names a progress bar. The key-value cache is transformers'; adapters act as they do in any forward.
         """
-        found = [""] * len(examples)
+        found, stop = [""] * len(examples), self.ends.stop
         with tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar:
             for numbers in _batches(examples):
                 prompts = [examples[number].prompt for number in numbers]
                 for number, text in zip(numbers, self._continue(model, prompts), strict=True):
-                    found[number] = text.split(self.ends.stop, 1)[0].strip()
+                    found[number] = (text.split(stop, 1)[0] if stop else text).strip()
                 bar.update(len(numbers))
         return found
 
@@ -52,7 +52,7 @@ class Writer:
             max_new_tokens=self.ends.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            stop_strings=[self.ends.stop],
+            stop_strings=[self.ends.stop] if self.ends.stop else None,
             tokenizer=tokenizer,
             pad_token_id=filler,
         )

@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from xgblora.config import EMBEDDED_MODEL
 from xgblora.models import load_tokenizer
-from xgblora.tasks import TASKS, Hub, Task, encode, load_splits
+from xgblora.tasks import TASKS, Chat, Hub, Task, encode, load_splits
 
 ROWS = 3
 """Rows of a task that are shown."""
@@ -34,14 +34,21 @@ def task_table() -> Table:
     return table
 
 
-def rows_table(task: Task, config: PreviewConfig) -> Table:
+def rows_table(task: Task | Chat, config: PreviewConfig) -> Table:
     """The first training rows of a task as a model sees them, with their token counts.
 
     Raises :class:`XgbloraError` where its rows or the tokenizer cannot be had, or a row makes no question.
     """
     rows = load_splits(task, config.data_dir)["train"]
     rows = rows.select(range(min(ROWS, len(rows))))
-    examples = encode(task, rows, load_tokenizer(config.model_name), max_length=10**9)
+    tokenizer = load_tokenizer(config.model_name)
+    examples = encode(task, rows, tokenizer, max_length=10**9)
+    said: list[tuple[str, list[str], tuple[int, ...]]]
+    if isinstance(task, Chat):  # a row is several examples, in the words of the model's template
+        said = [(tokenizer.decode(e.prompt), tokenizer.batch_decode(e.options), (0,)) for e in examples]
+    else:
+        asked = [task.question(row) for row in rows]
+        said = [(question.prompt, list(question.options), question.correct) for question in asked]
     table = Table(
         title=f"{task.name}: columns {', '.join(task.columns)}; trains as {_loss(task)}; metric {task.metric}",
         show_lines=True,
@@ -50,15 +57,14 @@ def rows_table(task: Task, config: PreviewConfig) -> Table:
     table.add_column("tokens", justify="right")
     table.add_column("options (the correct one is trained on)")
     table.add_column("tokens", justify="right")
-    for row, example in zip(rows, examples, strict=True):
-        question = task.question(row)
+    for (prompt, texts, correct), example in zip(said, examples, strict=True):
         options = Text()
-        for place, option in enumerate(question.options):
-            style = "bold green" if place in question.correct else ""
+        for place, option in enumerate(texts):
+            style = "bold green" if place in correct else ""
             options.append(f"{option!r}{'  correct' if style else ''}\n", style)
         options.rstrip()
         counts = "\n".join(str(len(option)) for option in example.options)
-        table.add_row(Text(f'"{question.prompt}"'), str(len(example.prompt)), options, counts)
+        table.add_row(Text(f'"{prompt}"'), str(len(example.prompt)), options, counts)
     return table
 
 
@@ -70,7 +76,7 @@ def _options(task: Task) -> str:
     return ", ".join(task.options)
 
 
-def _loss(task: Task) -> str:
+def _loss(task: Task | Chat) -> str:
     return "classification" if task.classification else "language model"
 
 

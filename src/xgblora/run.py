@@ -25,7 +25,7 @@ from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
 from xgblora.residual import require_writers, residual_writers
-from xgblora.tasks import encode, get_task, load_splits, load_task, sample
+from xgblora.tasks import Chat, Task, encode, get_task, load_splits, load_task, sample
 from xgblora.trainer import Trainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Workspace:
         if config.disable_tqdm:
             datasets.disable_progress_bars()
             transformers.logging.disable_progress_bar()
-        self.task = load_task(config.task_file) if config.task_file else get_task(config.task_name)
+        self.task: Task | Chat = load_task(config.task_file) if config.task_file else get_task(config.task_name)
         splits = load_splits(self.task, config.data_dir)
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
         samples = sample(splits, config.train_rows, self.num_dev, config.num_eval, config.train_set_seed)

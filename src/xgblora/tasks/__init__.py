@@ -3,16 +3,20 @@
 from pathlib import Path
 
 from xgblora.errors import XgbloraError
+from xgblora.tasks.chat import Chat
 from xgblora.tasks.data import Samples, load_splits, sample
 from xgblora.tasks.encode import encode
 from xgblora.tasks.file import load_task
 from xgblora.tasks.rotten_tomatoes import ROTTEN_TOMATOES
 from xgblora.tasks.task import Generation, Hub, Metric, Question, Task
 
-TASKS = {
-    task.name: task
-    for task in (ROTTEN_TOMATOES, *(load_task(file) for file in sorted(Path(__file__).parent.glob("*.yaml"))))
-}
+
+def _of_the_package() -> dict[str, Task]:
+    described = (load_task(file) for file in sorted(Path(__file__).parent.glob("*.yaml")))
+    return {task.name: task for task in (ROTTEN_TOMATOES, *described) if isinstance(task, Task)}
+
+
+TASKS = _of_the_package()
 
 
 def get_task(name: str) -> Task:
@@ -27,6 +31,7 @@ def get_task(name: str) -> Task:
 
 __all__ = [
     "TASKS",
+    "Chat",
     "Generation",
     "Hub",
     "Metric",

@@ -10,6 +10,7 @@ from datasets import Dataset, load_dataset
 
 from xgblora.errors import XgbloraError
 from xgblora.randomness import generator
+from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import SPLITS, Hub, Task
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Samples:
     """The split that ``eval`` was sampled from: test where there is one, else validation."""
 
 
-def load_splits(task: Task, data_dir: str | None = None) -> Mapping[str, Dataset]:
+def load_splits(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, Dataset]:
     """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
     if data_dir is not None:
         return _read_files(_files_of(Path(data_dir)), task)
@@ -104,11 +105,11 @@ def _files_of(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_files(files: Mapping[str, Path], task: Task) -> dict[str, Dataset]:
+def _read_files(files: Mapping[str, Path], task: Task | Chat) -> dict[str, Dataset]:
     return {split: _read_file(file, task) for split, file in files.items()}
 
 
-def _read_file(path: Path, task: Task) -> Dataset:
+def _read_file(path: Path, task: Task | Chat) -> Dataset:
     """The rows of a file, each of which makes a question of ``task``."""
     if not path.is_file():
         raise XgbloraError(f"the data file {path} does not exist")
@@ -132,7 +133,7 @@ def _read_file(path: Path, task: Task) -> Dataset:
             )
     for number, row in enumerate(rows, start=1):
         try:
-            task.question(row)
+            task.check(row)
         except XgbloraError as error:
             raise XgbloraError(f"{path}, row {number}: {error}") from error
     return rows

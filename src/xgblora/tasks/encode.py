@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.errors import XgbloraError
 from xgblora.packing import Example
+from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import Question, Task
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ BETWEEN = "\n\n"
 
 
 def encode(
-    task: Task,
+    task: Task | Chat,
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Tokenizer,
     max_length: int,
@@ -36,6 +37,10 @@ def encode(
     ``demonstrations``: rows that stand, answered, in front of each prompt, for learning in context (Brown et al. 2020);
     as many of the first of them as fit with it, an empty line after each.
     """
+    if isinstance(task, Chat):
+        if list(demonstrations):
+            raise XgbloraError(f"{task.name} is made of conversations, which take no demonstrations: --num_train 0")
+        return task.encode(rows, tokenizer, max_length, score_prompt, answered)
     questions = _questions(task, rows, answered)
     if not questions:
         return []

@@ -7,19 +7,24 @@ from typing import Any, get_args
 import yaml
 
 from xgblora.errors import XgbloraError
+from xgblora.tasks.chat import Chat
 from xgblora.tasks.data import READERS
 from xgblora.tasks.task import SPLITS, Generation, Hub, Metric, Source, Task
 
 KEYS = (
     *(field.name for field in fields(Task) if field.name not in ("source", "generation")),
     "generate",
+    "chat",
     "hub",
     "data",
 )
 """What a task file may say."""
 
+CHAT_KEYS = ("name", "chat", "generate", "metric", "num_dev")
+"""What one of conversations may."""
 
-def load_task(path: str | Path) -> Task:
+
+def load_task(path: str | Path) -> Task | Chat:
     """The task that a YAML file describes; docs/tasks.md lists its keys.
 
     All values are read as text, so that an option may be ``Yes`` or ``1``. Raises :class:`XgbloraError` for a file
@@ -36,13 +41,15 @@ def load_task(path: str | Path) -> Task:
         raise XgbloraError(f"task file {path}: {error}") from error
 
 
-def _task(said: Any, path: Path) -> Task:
+def _task(said: Any, path: Path) -> Task | Chat:
     if not isinstance(said, dict):
         raise XgbloraError("it says nothing of the form 'key: value'")
     for key in said:
         if key not in KEYS:
             raise XgbloraError(f"unknown key {key!r}: choose from {', '.join(KEYS)}")
     values = dict(said)
+    if "chat" in values:
+        return _chat(values, path)
     if "generate" in values:
         values["generation"] = _generation(values.pop("generate"))
         values = {"options": (), "classification": "false"} | values
@@ -59,14 +66,36 @@ def _task(said: Any, path: Path) -> Task:
         not isinstance(values["labels"], tuple) or len(values["labels"]) != len(values["options"])
     ):
         raise XgbloraError("labels is a list with one entry for each option")
-    if values.get("metric", "accuracy") not in get_args(Metric):
-        raise XgbloraError(f"metric {values['metric']!r} is not known: choose from {', '.join(get_args(Metric))}")
+    _check_metric(values)
     if "classification" in values:
         values["classification"] = _one_of("classification", values["classification"], {"true": True, "false": False})
     if "num_dev" in values:
         values["num_dev"] = _whole("num_dev", values["num_dev"])
     source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
     return Task(source=source, **({"name": path.stem} | values))
+
+
+def _chat(values: dict[str, Any], path: Path) -> Chat:
+    for key in values:
+        if key not in (*CHAT_KEYS, "hub", "data"):
+            raise XgbloraError(f"a chat has no {key}: it may say {', '.join(CHAT_KEYS)}")
+    if not isinstance(values["chat"], str) or not values["chat"]:
+        raise XgbloraError("chat is the name of the column that holds messages")
+    if "num_dev" in values:
+        values["num_dev"] = _whole("num_dev", values["num_dev"])
+    if "generate" in values:
+        said = values.pop("generate")
+        if not isinstance(said, dict) or said.keys() != {"max_new_tokens"}:
+            raise XgbloraError("generate of a chat says max_new_tokens; the model's own end of a turn stops it")
+        values["generation"] = Generation(_whole("max_new_tokens", said["max_new_tokens"]), stop="")
+    _check_metric(values)
+    source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
+    return Chat(messages=values.pop("chat"), source=source, **({"name": path.stem} | values))
+
+
+def _check_metric(values: dict[str, Any]) -> None:
+    if values.get("metric", "accuracy") not in get_args(Metric):
+        raise XgbloraError(f"metric {values['metric']!r} is not known: choose from {', '.join(get_args(Metric))}")
 
 
 def _generation(said: Any) -> Generation:

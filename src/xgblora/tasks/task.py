@@ -1,6 +1,6 @@
 """What a task is: where its rows come from, how a row becomes a question, and which answers are right."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ Source = Hub | Mapping[str, Path] | Callable[[], Mapping[str, Dataset]]
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is written: greedily, until ``stop`` or ``max_new_tokens``."""
+    """How an answer is written: greedily, until ``stop``, the model's own end of a text or ``max_new_tokens``."""
 
     max_new_tokens: int = 50
     stop: str = "\n"
@@ -129,15 +129,15 @@ class Task:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row that its prompt, options and answer are made of."""
-        return tuple(sorted({*self._asking, *_columns("{{ " + self.answer + " }}")}))
+        return tuple(sorted({*self._asking, *columns_of("{{ " + self.answer + " }}")}))
 
     @cached_property
     def _asking(self) -> set[str]:
         """Those of the prompt and the options."""
         options = self.options if isinstance(self.options, tuple) else ("{{ " + self.options + " }}",)
-        return {name for text in (self.prompt, self.null_prompt, *options, self.option) for name in _columns(text)} - {
-            "option"
-        }
+        return {
+            name for text in (self.prompt, self.null_prompt, *options, self.option) for name in columns_of(text)
+        } - {"option"}
 
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or the row that a text stands for."""
@@ -162,17 +162,18 @@ class Task:
         return found
 
     def _compile(self, field: str, how: Callable[[str], Any], text: str) -> Any:
-        try:
-            return how(text)
-        except TemplateError as error:
-            raise XgbloraError(f"{field} of task {self.name} is not a Jinja template: {error} (in {text!r})") from error
+        return _compiled(field, self.name, how, text)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Raise :class:`XgbloraError` for a row that makes no question."""
+        self.question(row)
 
     def question(self, row: Mapping[str, Any], answered: bool = True) -> Question:
         """A row as the model sees it; with ``answered`` False ``correct`` is empty, and the row needs no answer.
 
         Raises :class:`XgbloraError` for a row that makes no question.
         """
-        values = {name: _value(name, row[name]) for name in self.columns if name in row}
+        values = _values(row, self.columns)
         prompt = self._evaluate("prompt", values)
         if not prompt.strip():
             raise XgbloraError("the prompt is empty")
@@ -205,16 +206,7 @@ class Task:
         return Question(prompt, (between + texts[0] + self.generation.stop,), (0,), tuple(texts))
 
     def _evaluate(self, field: str, values: Mapping[str, Any]) -> Any:
-        try:
-            found = self._compiled[field](**values)
-            for one in found if isinstance(found, (list, tuple)) else (found,):
-                if isinstance(one, Undefined):
-                    str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
-            return found
-        except XgbloraError:
-            raise
-        except Exception as error:  # a template may fail in any way that Python can
-            raise XgbloraError(f"{field} cannot be made: {' '.join(str(error).split())}") from error
+        return _evaluated(field, self._compiled[field], values)
 
     def _correct(self, answer: Any, given: Any, texts: list[str]) -> tuple[int, ...]:
         """Places of the correct options, by label, number, or text before or after ``option`` was put around it."""
@@ -239,17 +231,56 @@ class Task:
         return list(known).index(answer)
 
 
-def _columns(template: str) -> set[str]:
+def columns_of(template: str) -> set[str]:
+    """The columns that a Jinja template is made of."""
     return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+
+
+def compile_expression(field: str, task: str, text: str) -> Callable[..., Any]:
+    """A Jinja expression as a function of a row's columns. Raises :class:`XgbloraError` for what is none."""
+    found: Callable[..., Any] = _compiled(field, task, _expression, text)
+    return found
+
+
+def evaluate_expression(
+    field: str, compiled: Callable[..., Any], row: Mapping[str, Any], columns: Sequence[str]
+) -> Any:
+    """What a compiled expression is for a row. Raises :class:`XgbloraError` where it is nothing."""
+    return _evaluated(field, compiled, _values(row, columns))
 
 
 def _expression(text: str) -> Callable[..., Any]:
     return _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
 
 
-def _value(name: str, value: Any) -> Any:
-    """A column's value as templates see it."""
-    return _Empty(name=name) if value is None or (isinstance(value, str) and not value.strip()) else value
+def _compiled(field: str, task: str, how: Callable[[str], Any], text: str) -> Any:
+    try:
+        return how(text)
+    except TemplateError as error:
+        raise XgbloraError(f"{field} of task {task} is not a Jinja template: {error} (in {text!r})") from error
+
+
+def _evaluated(field: str, compiled: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    try:
+        found = compiled(**values)
+        for one in found if isinstance(found, (list, tuple)) else (found,):
+            if isinstance(one, Undefined):
+                str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
+        return found
+    except XgbloraError:
+        raise
+    except Exception as error:  # a template may fail in any way that Python can
+        raise XgbloraError(f"{field} cannot be made: {' '.join(str(error).split())}") from error
+
+
+def _values(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """A row's columns as templates see them."""
+    empty = {name for name in columns if name in row and _is_empty(row[name])}
+    return {name: _Empty(name=name) if name in empty else row[name] for name in columns if name in row}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _text(value: str, what: str) -> str:
