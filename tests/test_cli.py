@@ -348,7 +348,7 @@ BAD_FLAGS = [
     ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),
     ("--logging_nan_inf_filter", "--logging_nan_inf_filter is not supported: it hides a diverged loss"),
     ("--calibrated", "--calibrated weighs the options of the base as it is: give --trainer none"),
-    ("--task_file no/such.yaml", "the task file no/such.yaml does not exist"),
+    ("--task_file no/such.yaml", "--task_name and --task_file name two tasks: give one of them"),
     ("--data_dir no/such/folder", "the data folder no/such/folder does not exist"),
 ]
 

@@ -248,7 +248,10 @@ class RunConfig(TrainingArguments):
         elif self.lora_r is None:
             self.lora_r = 8
         if self.task_file is not None:
-            self.task_name = Path(self.task_file).stem
+            own = Path(self.task_file).stem
+            if self.task_name not in (type(self).task_name, own):
+                raise XgbloraError("--task_name and --task_file name two tasks: give one of them")
+            self.task_name = own
         if self.output_dir is None:
             self.output_dir = f"runs/{self.task_name}_{self.method}_seed{self.seed}"
         if self.eval_steps is not None and self.eval_strategy == "no":
