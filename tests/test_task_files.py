@@ -68,6 +68,12 @@ def test_a_task_file_makes_questions(tmp_path: Path) -> None:
             {"text": "a", "label": "cat", "choices": ["dog", "cat", "cow"]},
             Question("a It is", (" the dog!", " the cat!", " the cow!"), (1,)),
         ),
+        # A list that is the same for all rows, as an expression.
+        (
+            GOOD.replace("[good, bad]", "\"['x', 'y']\""),
+            {"text": "a", "label": "y"},
+            Question("a It is", (" x", " y"), (1,)),
+        ),
         # A line break in front of an option is its separator; spaces at a prompt's end are not the prompt's.
         (
             GOOD.replace('"{{ text }} It is"', '"{{ text }}\\n"'),

@@ -1,6 +1,6 @@
 """Conversations: the model learns to write each of an assistant's turns from all that came before it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.errors import XgbloraError
 from xgblora.packing import Example
-from xgblora.tasks.task import Generation, Metric, Source, columns_of, compile_expression, evaluate_expression
+from xgblora.tasks.task import Generation, Metric, Source
+from xgblora.tasks.templates import Compiled, columns_of_expression, columns_seen
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -39,11 +40,11 @@ class Chat:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns that messages are made of."""
-        return tuple(sorted(columns_of("{{ " + self.messages + " }}")))
+        return tuple(sorted(columns_of_expression(self.messages)))
 
     @cached_property
-    def _compiled(self) -> Callable[..., Any]:
-        return compile_expression("messages", self.name, self.messages)
+    def _compiled(self) -> Compiled:
+        return Compiled("messages", self.name, self.messages, expression=True)
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raise :class:`XgbloraError` for a row without an assistant's turn."""
@@ -55,7 +56,7 @@ class Chat:
         return {self.columns[0]: [{"role": "user", "content": row}]} if isinstance(row, str) else row
 
     def _turns(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        found = evaluate_expression("messages", self._compiled, row, self.columns)
+        found = self._compiled(columns_seen(row, self.columns))
         if not isinstance(found, (list, tuple)) or not found:
             raise XgbloraError(f"its messages are no list of messages, but {str(found)[:60]!r}")
         for place, message in enumerate(found, start=1):

@@ -1,16 +1,15 @@
 """What a task is: where its rows come from, how a row becomes a question, and which answers are right."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from jinja2 import StrictUndefined, TemplateError, Undefined, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from xgblora.errors import XgbloraError
+from xgblora.tasks.templates import Compiled, columns_of, columns_of_expression, columns_seen, printed
 
 SPLITS = ("train", "validation", "test")
 """Names of data files in a ``--data_dir``, without their ending."""
@@ -60,23 +59,6 @@ class Question:
     def answered(self) -> str:
         """The prompt with its first correct option."""
         return (self.prompt + self.options[self.correct[0]]).rstrip()
-
-
-class _Empty(Undefined):
-    """What a row's None or blank text is to a template: false in a condition, an error where it would be printed."""
-
-    def __str__(self) -> str:
-        raise XgbloraError(f"column {self._undefined_name!r} is empty")
-
-
-def _printed(value: Any) -> Any:
-    """What a template may print: a list or an object is a column in another shape than its author believes."""
-    if isinstance(value, (list, tuple, dict)):
-        raise XgbloraError(f"a template prints {str(value)[:60]}, which is no text")
-    return value
-
-
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printed)
 
 
 @dataclass(frozen=True)
@@ -129,15 +111,15 @@ class Task:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row that its prompt, options and answer are made of."""
-        return tuple(sorted({*self._asking, *columns_of("{{ " + self.answer + " }}")}))
+        return tuple(sorted(self._asking | columns_of_expression(self.answer)))
 
     @cached_property
     def _asking(self) -> set[str]:
         """Those of the prompt and the options."""
-        options = self.options if isinstance(self.options, tuple) else ("{{ " + self.options + " }}",)
-        return {
-            name for text in (self.prompt, self.null_prompt, *options, self.option) for name in columns_of(text)
-        } - {"option"}
+        found = set().union(*map(columns_of, (self.prompt, self.null_prompt, self.option))) - {"option"}
+        if isinstance(self.options, str):
+            return found | columns_of_expression(self.options)
+        return found.union(*map(columns_of, self.options))
 
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or the row that a text stands for."""
@@ -148,21 +130,19 @@ class Task:
         return dict.fromkeys(self._asking, row)
 
     @cached_property
-    def _compiled(self) -> dict[str, Callable[..., Any]]:
+    def _compiled(self) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
         """Each template and expression as a function of a row's columns. Raises :class:`XgbloraError` for bad ones."""
-        found: dict[str, Callable[..., Any]] = {}
-        for field, text in (("prompt", self.prompt), ("option", self.option), ("null_prompt", self.null_prompt)):
-            found[field] = self._compile(field, _ENVIRONMENT.from_string, text).render
-        found["answer"] = self._compile("answer", _expression, self.answer)
+        found: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+            field: Compiled(field, self.name, text)
+            for field, text in (("prompt", self.prompt), ("option", self.option), ("null_prompt", self.null_prompt))
+        }
+        found["answer"] = Compiled("answer", self.name, self.answer, expression=True)
         if isinstance(self.options, str):
-            found["options"] = self._compile("options", _expression, self.options)
+            found["options"] = Compiled("options", self.name, self.options, expression=True)
         else:
-            templates = [self._compile("options", _ENVIRONMENT.from_string, text) for text in self.options]
-            found["options"] = lambda **row: [template.render(**row) for template in templates]
+            templates = [Compiled("options", self.name, text) for text in self.options]
+            found["options"] = lambda columns: [template(columns) for template in templates]
         return found
-
-    def _compile(self, field: str, how: Callable[[str], Any], text: str) -> Any:
-        return _compiled(field, self.name, how, text)
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raise :class:`XgbloraError` for a row that makes no question."""
@@ -173,8 +153,8 @@ class Task:
 
         Raises :class:`XgbloraError` for a row that makes no question.
         """
-        values = _values(row, self.columns)
-        prompt = self._evaluate("prompt", values)
+        values, made = columns_seen(row, self.columns), self._compiled
+        prompt = made["prompt"](values)
         if not prompt.strip():
             raise XgbloraError("the prompt is empty")
         prompt = prompt.rstrip(" ")
@@ -183,30 +163,27 @@ class Task:
         if self.generation is not None:
             if not answered:
                 return Question(prompt, (), ())
-            return self._written(prompt, between, self._evaluate("answer", values))
-        given = self._evaluate("options", values)
+            return self._written(prompt, between, made["answer"](values))
+        given = made["options"](values)
         if not isinstance(given, (list, tuple)):
             raise XgbloraError(f"its options are no list, but {given!r}")
-        texts = [_text(self._evaluate("option", values | {"option": text}), "an option") for text in given]
+        texts = [_text(made["option"](values | {"option": text}), "an option") for text in given]
         if len(texts) < 2:
             raise XgbloraError(f"a question needs at least 2 options, got {len(texts)}")
         for place, text in enumerate(texts):
             if text in texts[:place]:
                 raise XgbloraError(f"the option {text!r} is there twice")
-        correct = self._correct(self._evaluate("answer", values), given, texts) if answered else ()
-        null_prompt = self._evaluate("null_prompt", values).rstrip(" ")
+        correct = self._correct(made["answer"](values), given, texts) if answered else ()
+        null_prompt = made["null_prompt"](values).rstrip(" ")
         return Question(prompt, tuple(between + text for text in texts), correct, null_prompt=null_prompt)
 
     def _written(self, prompt: str, between: str, answer: Any) -> Question:
         assert self.generation is not None
         given = answer if isinstance(answer, (list, tuple)) else [answer]
-        texts = [_text(str(_printed(one)), "an answer") for one in given]
+        texts = [_text(str(printed(one)), "an answer") for one in given]
         if not texts:
             raise XgbloraError("there is no right answer")
         return Question(prompt, (between + texts[0] + self.generation.stop,), (0,), tuple(texts))
-
-    def _evaluate(self, field: str, values: Mapping[str, Any]) -> Any:
-        return _evaluated(field, self._compiled[field], values)
 
     def _correct(self, answer: Any, given: Any, texts: list[str]) -> tuple[int, ...]:
         """Places of the correct options, by label, number, or text before or after ``option`` was put around it."""
@@ -229,58 +206,6 @@ class Task:
             shown = ", ".join(repr(text) for text in (self.labels or texts))
             raise XgbloraError(f"the answer {answer!r} is not one of {what} {shown}")
         return list(known).index(answer)
-
-
-def columns_of(template: str) -> set[str]:
-    """The columns that a Jinja template is made of."""
-    return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
-
-
-def compile_expression(field: str, task: str, text: str) -> Callable[..., Any]:
-    """A Jinja expression as a function of a row's columns. Raises :class:`XgbloraError` for what is none."""
-    found: Callable[..., Any] = _compiled(field, task, _expression, text)
-    return found
-
-
-def evaluate_expression(
-    field: str, compiled: Callable[..., Any], row: Mapping[str, Any], columns: Sequence[str]
-) -> Any:
-    """What a compiled expression is for a row. Raises :class:`XgbloraError` where it is nothing."""
-    return _evaluated(field, compiled, _values(row, columns))
-
-
-def _expression(text: str) -> Callable[..., Any]:
-    return _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
-
-
-def _compiled(field: str, task: str, how: Callable[[str], Any], text: str) -> Any:
-    try:
-        return how(text)
-    except TemplateError as error:
-        raise XgbloraError(f"{field} of task {task} is not a Jinja template: {error} (in {text!r})") from error
-
-
-def _evaluated(field: str, compiled: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    try:
-        found = compiled(**values)
-        for one in found if isinstance(found, (list, tuple)) else (found,):
-            if isinstance(one, Undefined):
-                str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
-        return found
-    except XgbloraError:
-        raise
-    except Exception as error:  # a template may fail in any way that Python can
-        raise XgbloraError(f"{field} cannot be made: {' '.join(str(error).split())}") from error
-
-
-def _values(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """A row's columns as templates see them."""
-    empty = {name for name in columns if name in row and _is_empty(row[name])}
-    return {name: _Empty(name=name) if name in empty else row[name] for name in columns if name in row}
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _text(value: str, what: str) -> str:

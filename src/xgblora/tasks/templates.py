@@ -1,0 +1,76 @@
+"""Jinja over the columns of a row: templates give text, expressions give values; both fail in one line."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, Undefined, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from xgblora.errors import XgbloraError
+
+
+class _Empty(Undefined):
+    """What a row's None or blank text is to a template: false in a condition, an error where it would be printed."""
+
+    def __str__(self) -> str:
+        raise XgbloraError(f"column {self._undefined_name!r} is empty")
+
+
+def printed(value: Any) -> Any:
+    """What a template may print: a list or an object is a column in another shape than its author believes."""
+    if isinstance(value, (list, tuple, dict)):
+        raise XgbloraError(f"a template prints {str(value)[:60]}, which is no text")
+    return value
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=printed)
+
+
+def columns_of(template: str) -> set[str]:
+    """The columns that a template is made of."""
+    return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+
+
+def columns_of_expression(text: str) -> set[str]:
+    """The columns that an expression is made of."""
+    return columns_of("{{ " + text + " }}")
+
+
+class Compiled:
+    """A template or an expression, as a function of a row's columns.
+
+    ``field`` of ``task`` is what it is called in messages. Raises :class:`XgbloraError` where it is not Jinja.
+    """
+
+    def __init__(self, field: str, task: str, text: str, expression: bool = False) -> None:
+        self.field = field
+        try:
+            self._call: Callable[..., Any] = (
+                _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
+                if expression
+                else _ENVIRONMENT.from_string(text).render
+            )
+        except TemplateError as error:
+            raise XgbloraError(f"{field} of task {task} is not a Jinja template: {error} (in {text!r})") from error
+
+    def __call__(self, columns: Mapping[str, Any]) -> Any:
+        """Its value for :func:`columns_seen` of a row. Raises :class:`XgbloraError` where it has none."""
+        try:
+            found = self._call(**columns)
+            for one in found if isinstance(found, (list, tuple)) else (found,):
+                if isinstance(one, Undefined):
+                    str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
+            return found
+        except XgbloraError:
+            raise
+        except Exception as error:  # a template may fail in any way that Python can
+            raise XgbloraError(f"{self.field} cannot be made: {' '.join(str(error).split())}") from error
+
+
+def columns_seen(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those columns of a row that are there, as templates see them."""
+    return {name: _Empty(name=name) if _is_empty(row[name]) else row[name] for name in names if name in row}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
