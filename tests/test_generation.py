@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, build, byte_tokenizer
-from xgblora import Example, attach, predict
+from xgblora import Example, attach, encode, predict
 from xgblora.cli import main
 from xgblora.generation import Writer, exact_match_and_f1
 from xgblora.inference_layout import inference_layout
@@ -69,6 +69,15 @@ def test_questions_that_are_answered_in_writing() -> None:
     assert task.question({"q": "who", "a": "Ann"}).answered == "who? Ann"
     assert task.question({"q": "who"}, answered=False) == Question("who?", (), ())
     assert len(predict(build(ARCHITECTURES["llama"]), TOKENIZER, task, ["who", "what"])) == 2
+
+
+def test_a_prompt_leaves_room_for_what_is_written() -> None:
+    task = Task("T", "{{ q }}?", (), "a", dict, classification=False, generation=Generation(max_new_tokens=12))
+    for answered in (True, False):
+        row = {"q": "x" * 100, "a": "Ann"}
+        (found,) = encode(task, [row], TOKENIZER, 40, answered=answered)
+        assert len(found.prompt) + max(12, *map(len, found.options), 0) <= 40
+        assert TOKENIZER.decode(found.prompt).endswith("x?")
 
 
 def test_a_model_learns_to_write_an_answer(tmp_path: Path) -> None:
