@@ -142,12 +142,12 @@ def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
         (draw_merge_eval, config.merge_eval_figure_path, "merge_eval.png"),
         (draw_eval, config.eval_figure, "eval.png"),
     ]
+    trained = [run for run in curves if run.metrics.get("seconds_per_step") is not None]
     files = []
     for draw, asked, name in figures:
         path = Path(asked) if asked else root / name
         if draw in (draw_eval, draw_merge_eval) and not any(run.evals for run in curves):
             continue  # nothing was evaluated on the way
-        trained = [run for run in curves if run.metrics.get("seconds_per_step") is not None]
         if draw is draw_summary and not trained:
             continue
         draw(curves if draw is draw_summary or not trained else trained, path)

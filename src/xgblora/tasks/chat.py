@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, naming
 from xgblora.packing import Example
 from xgblora.tasks.task import Generation, Metric, Source
 from xgblora.tasks.templates import Compiled, columns_of_expression, columns_seen
@@ -86,7 +86,7 @@ class Chat:
             raise XgbloraError("the model's tokenizer has no chat template: take a model that was trained to chat")
         examples = []
         for number, row in enumerate(rows, start=1):
-            try:
+            with naming(f"{self.name}, row {number}"):
                 turns = self._turns(row)
                 if not answered:
                     examples.append(Example(_ids(tokenizer, turns, True)[-max_length:], [], 0))
@@ -98,8 +98,6 @@ class Chat:
                             raise XgbloraError(f"message {place + 1} leaves no room for a prompt within {max_length}")
                         reference = (turn["content"].strip(),)
                         examples.append(Example(prompt[-room:], [said], 0, score_prompt, references=reference))
-            except XgbloraError as error:
-                raise XgbloraError(f"{self.name}, row {number}: {error}") from error
         return examples
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, naming
 from xgblora.randomness import generator
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import SPLITS, Hub, Task
@@ -132,8 +132,6 @@ def _read_file(path: Path, task: Task | Chat) -> Dataset:
                 f"{path} has no column {column!r}, which {task.name} needs; it has: {', '.join(rows.column_names)}"
             )
     for number, row in enumerate(rows, start=1):
-        try:
+        with naming(f"{path}, row {number}"):
             task.check(row)
-        except XgbloraError as error:
-            raise XgbloraError(f"{path}, row {number}: {error}") from error
     return rows

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, naming
 from xgblora.packing import Example
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import Question, Task
@@ -55,10 +55,8 @@ def encode(
     cut = 0
     examples = []
     for number, (question, prompt, ids) in enumerate(zip(questions, prompts, options, strict=True), start=1):
-        try:
+        with naming(f"{task.name}, row {number}"):
             kept = _fitting(prompt, question, ids, max_length, first)
-        except XgbloraError as error:
-            raise XgbloraError(f"{task.name}, row {number}: {error}") from error
         cut += len(kept) < len(prompt)
         label, *others = question.correct or (0,)
         examples.append(
@@ -73,10 +71,8 @@ def encode(
 def _questions(task: Task, rows: Iterable[Mapping[str, Any]], answered: bool) -> list[Question]:
     questions = []
     for number, row in enumerate(rows, start=1):
-        try:
+        with naming(f"{task.name}, row {number}"):
             questions.append(task.question(row, answered))
-        except XgbloraError as error:
-            raise XgbloraError(f"{task.name}, row {number}: {error}") from error
     return questions
 
 
