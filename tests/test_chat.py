@@ -1,6 +1,7 @@
 """Conversations: the loss is on the assistant's turns alone, in the model's own template."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ARCHITECTURES, build, byte_tokenizer
 from xgblora import XgbloraError, encode, load_task, predict
 from xgblora.cli import main
 from xgblora.models import load_tokenizer
-from xgblora.tasks import Chat, load_splits
+from xgblora.tasks import Chat, Generation, load_splits
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -50,6 +51,17 @@ def test_every_turn_of_the_assistant_is_an_example() -> None:
     short = encode(CHAT, [GREETED], tokenizer, 120)[1]
     assert len(short.prompt) == 20
     assert tokenizer.decode(short.prompt).endswith("Bye</s>[assistant]")
+
+
+def test_a_conversation_leaves_room_for_what_is_said_next() -> None:
+    """Of a model whose context is 64 tokens."""
+    chat = replace(CHAT, generation=Generation(12, ""))
+    asked = {"messages": [{"role": "user", "content": "x" * 200}]}
+    (found,) = encode(chat, [asked], chatting(), 64, answered=False)
+    assert len(found.prompt) == 52
+    assert len(predict(build(ARCHITECTURES["opt"]), chatting(), chat, [asked])) == 1
+    with pytest.raises(XgbloraError, match="row 1: what is to be said leaves no room for a prompt within 12"):
+        encode(chat, [asked], chatting(), 12, answered=False)
 
 
 def test_the_real_models_template() -> None:
@@ -157,5 +169,6 @@ def test_an_assistant_is_trained(how: str, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_an_assistant_answers() -> None:
-    answers = predict(build(ARCHITECTURES["llama"]), chatting("{{ messages[0].content }}"), CHAT, ["Hi", GREETED])
+    chat = replace(CHAT, generation=Generation(12, ""))
+    answers = predict(build(ARCHITECTURES["llama"]), chatting("{{ messages[0].content }}"), chat, ["Hi", GREETED])
     assert len(answers) == 2

@@ -7,6 +7,7 @@ from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate, evaluate_stages, predict
 from xgblora.models import load_model
 from xgblora.packing import Example
+from xgblora.rewards import Reward, length_penalised, load_reward
 from xgblora.tasks import encode, get_task, load_splits, load_task, sample
 from xgblora.trainer import Trainer
 
@@ -16,6 +17,7 @@ __all__ = [
     "Example",
     "LayerSubset",
     "Ledger",
+    "Reward",
     "RunConfig",
     "Trainer",
     "XgbloraError",
@@ -24,8 +26,10 @@ __all__ = [
     "evaluate",
     "evaluate_stages",
     "get_task",
+    "length_penalised",
     "load_adapters",
     "load_model",
+    "load_reward",
     "load_splits",
     "load_task",
     "predict",

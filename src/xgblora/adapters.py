@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -37,24 +37,33 @@ PIECE = 512
 
 @dataclass(frozen=True)
 class Probe:
-    """One forward in which every position sees its own perturbed pair.
+    """Forwards in which every position sees its own perturbed pair.
 
     With D directions, position t sees A + sum_d select[t, d] zA_d and B likewise, where ``select`` (positions, D)
-    float32 holds +eps or -eps at the position's own direction and 0 elsewhere. ``directions`` (D, parameters)
-    float32 is laid out as :attr:`Adapters.slices` says. Nothing is ever added to a parameter.
+    float32 holds +eps or -eps at the position's own direction and 0 elsewhere. In a forward of n times as many
+    positions, each line of it is that of n neighbouring ones: of a row of tokens, while answers are written.
+    ``directions`` (D, parameters) float32 is laid out as :attr:`Adapters.slices` says. Nothing is ever added to a
+    parameter.
     """
 
     directions: Tensor
     select: Tensor
+    _pieces: dict[int, list[tuple[slice, Tensor]]] = field(default_factory=dict, init=False)
 
-    def pieces(self, length: int) -> list[tuple[slice, Tensor]]:
-        """For every ``length`` positions: which directions occur there, and 1 beside their part of ``select``.
+    def pieces(self, positions: int) -> list[tuple[slice, Tensor]]:
+        """For every few positions of a forward: which directions occur there, and 1 beside their part of ``select``.
 
         Neighbouring positions belong to the same few examples, so a large batch need not multiply every position by
-        every direction.
+        every direction. All layers of a forward ask for the same.
         """
+        if positions not in self._pieces:
+            self._pieces[positions] = self._split(positions)
+        return self._pieces[positions]
+
+    def _split(self, positions: int) -> list[tuple[slice, Tensor]]:
+        select = self.select.repeat_interleave(positions // len(self.select), dim=0)
         found = []
-        for part in self.select.split(length):
+        for part in select.split(_piece(select.device, positions)):
             used = part.any(0).nonzero()[:, 0]
             low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
             found.append((slice(low, high), F.pad(part[:, low:high], (1, 0), value=1.0)[:, :, None]))
@@ -83,8 +92,8 @@ class AdaptedLinear(Opaque):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         self.register_buffer("booster_A", torch.zeros(0, self.in_features, device=device), persistent=False)
         self.register_buffer("booster_B", torch.zeros(self.out_features, 0, device=device), persistent=False)
-        self.probe: tuple[Tensor, Tensor, list[tuple[slice, Tensor]]] | None = None
-        """zA (D, r, in), zB (D, r, out) and the probe's pieces."""
+        self.probe: tuple[Tensor, Tensor, Probe] | None = None
+        """zA (D, r, in), zB (D, r, out) and the probe they are part of."""
 
     def compute(self, x: Tensor) -> Tensor:
         """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
@@ -93,11 +102,12 @@ class AdaptedLinear(Opaque):
         if torch.is_grad_enabled():
             return self._stacked(rows.float(), result.float(), self._blocks()).view(base.shape).to(base.dtype)
         stack = self._blocks() if self.probe is None else []
+        pieces = self.probe[2].pieces(len(rows)) if self.probe else []
         length = _piece(x.device, len(rows))
         for number, start in enumerate(range(0, len(rows), length)):
             part = slice(start, start + length)
             own, before = rows[part].float(), result[part].float()
-            after = self._stacked(own, before, stack) if self.probe is None else self._probed(own, before, number)
+            after = self._stacked(own, before, stack) if not pieces else self._probed(own, before, *pieces[number])
             result[part] = after
         return result.view(base.shape)
 
@@ -123,16 +133,15 @@ class AdaptedLinear(Opaque):
             result = torch.addmm(result, F.linear(x, A), B.T, alpha=self.scaling)
         return result
 
-    def _probed(self, x: Tensor, result: Tensor, piece: int) -> Tensor:
+    def _probed(self, x: Tensor, result: Tensor, used: slice, weights: Tensor) -> Tensor:
         """``result`` (t, out) plus scaling * B' A' x with each position's own A' and B', and the boosters.
 
-        x (t, in) and ``result`` are the rows of piece number ``piece``. Its D directions are D more rows of two skinny
-        products, so that the whole probe stays a matrix product: gathering a direction for every position would move
-        (t, in) floats from memory instead.
+        ``weights`` (t, 1 + D, 1): 1 for the pair itself, then how far along each of the D directions ``used``. These
+        are D more rows of two skinny products, so that the whole probe stays a matrix product: gathering a direction
+        for every position would move (t, in) floats from memory instead.
         """
         assert self.probe is not None
-        z_A, z_B, pieces = self.probe
-        used, weights = pieces[piece]  # weights (t, 1 + D, 1): 1 for the pair itself, then how far along each direction
+        z_A, z_B, _ = self.probe
         rank = self.lora_A.shape[0]
         products = F.linear(x, torch.cat([self.lora_A, z_A[used].flatten(0, 1)]))
         hidden = (products.view(len(x), -1, rank) * weights).sum(1, keepdim=True)  # A' x: (t, 1, r)
@@ -280,11 +289,10 @@ class Adapters:
     def probing(self, probe: Probe) -> Iterator[None]:
         """Evaluate the perturbed pairs of ``probe`` in every forward inside the block."""
         count = probe.directions.shape[0]
-        pieces = probe.pieces(_piece(probe.select.device, len(probe.select)))
         for layer, a, b in self.slices:
             z_A = probe.directions[:, a].view(count, -1, layer.in_features)
             z_B = probe.directions[:, b].view(count, -1, layer.out_features)
-            layer.probe = (z_A, z_B, pieces)
+            layer.probe = (z_A, z_B, probe)
         try:
             yield
         finally:

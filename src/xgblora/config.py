@@ -106,6 +106,25 @@ class RunConfig(TrainingArguments):
         default=True, help="Language-model loss: on the option's tokens only, or on the prompt's too."
     )
 
+    objective: Literal["likelihood", "reward"] = HfArg(
+        default="likelihood",
+        help="What training improves. likelihood: of the right answers; reward: what --reward says of the model's.",
+    )
+    reward: str | None = HfArg(
+        default=None,
+        help="accuracy, exact_match, f1, rouge_l or module:function, a function (prompt, completion, example) -> float "
+        "(implies --objective reward).",
+    )
+    reward_completions: Literal["greedy", "expected"] | None = HfArg(
+        default=None,
+        help="Whose reward: of the answer that the model gives (greedy, the default with --trainer zo), or the mean "
+        "over answers by their probability (expected, the default with --trainer regular: it has a gradient).",
+    )
+    reward_samples: int = HfArg(
+        default=4, help="Expected rewards of answers that are written: how many are drawn for every prompt."
+    )
+    reward_length_penalty: float = HfArg(default=0.0, help="Taken off a reward for every word of the completion.")
+
     # --- Method ---
     trainer: Literal["zo", "regular", "none"] = HfArg(
         default="zo",
@@ -235,6 +254,10 @@ class RunConfig(TrainingArguments):
             for flag in ("xgblora_steps_per_iteration", "logging_steps", "save_steps", "eval_steps"):
                 if flag != "eval_steps" or self.eval_steps is not None:
                     setattr(self, flag, 1)
+        if self.reward is not None:
+            self.objective = "reward"
+        if self.objective == "reward" and self.reward_completions is None:
+            self.reward_completions = "expected" if self.trainer == "regular" else "greedy"
         if self.load_float16 or self.fp16:
             self.load_float16 = True
         if self.load_bfloat16 or self.bf16:
@@ -322,6 +345,10 @@ class RunConfig(TrainingArguments):
         for flag in ("boost_examples", "boost_teacher_examples"):
             if getattr(self, flag) < 3:
                 refuse(flag, "at least 3")
+        if self.reward_samples < 2:
+            refuse("reward_samples", "at least 2")
+        if not 0 <= self.reward_length_penalty < math.inf:
+            refuse("reward_length_penalty", "0 or more")
         if self.max_length < 2:
             refuse("max_length", "at least 2")
         if not 0 <= self.xgblora_ema_beta < 1:
@@ -338,6 +365,8 @@ class RunConfig(TrainingArguments):
             ("zo_directions", ("per_example", "shared")),
             ("xgblora_layer_choice", (None, "random", "top")),
             ("boost_opinion", ("auto", "keep", "drop")),
+            ("objective", ("likelihood", "reward")),
+            ("reward_completions", (None, "greedy", "expected")),
         ):
             if getattr(self, flag) not in choices:
                 refuse(flag, "one of " + ", ".join(choice for choice in choices if choice))
@@ -345,6 +374,19 @@ class RunConfig(TrainingArguments):
             raise XgbloraError(f"the task file {self.task_file} does not exist")
         if self.calibrated and self.trainer != "none":
             raise XgbloraError("--calibrated weighs the options of the base as it is: give --trainer none")
+        if self.objective == "reward":
+            if self.reward is None:
+                raise XgbloraError(
+                    "--objective reward needs a --reward: accuracy, exact_match, f1, rouge_l or your own"
+                )
+            if self.trainer == "regular" and self.reward_completions == "greedy":
+                raise XgbloraError(
+                    "--reward_completions greedy has no gradient for --trainer regular: take expected, or --trainer zo"
+                )
+            if self.recipe == "boost":
+                raise XgbloraError("--recipe boost fits the likelihood of answers: leave out --objective reward")
+            if self.torch_compile:
+                raise XgbloraError("--torch_compile is for losses: leave it out with --objective reward")
         if self.init_adapter and not self.makes_boosters:
             raise XgbloraError("--init_adapter starts from boosters, which --xgblora has: give both")
         if self.lora and self.xgblora:
@@ -531,6 +573,11 @@ def notes(config: RunConfig) -> list[str]:
         found += [f"--{name} has no effect without --xgblora_layers" for name in names]
     if config.train_as_classification and not config.only_train_option:
         found.append("--only_train_option has no effect with --train_as_classification")
+    if config.objective != "reward":
+        names = given("reward_completions", "reward_samples", "reward_length_penalty")
+        found += [f"--{name} has no effect without --reward" for name in names]
+    elif not config.only_train_option:
+        found.append("--only_train_option has no effect with --objective reward")
     return found
 
 

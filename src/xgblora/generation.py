@@ -16,6 +16,11 @@ from xgblora.tasks import Generation
 BATCH = 32
 """Prompts that are continued together at most."""
 
+GREEDY = {"do_sample": False}
+DRAWN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""How transformers continues a prompt. What is drawn follows the model's own probabilities, whatever a model's
+``generation_config`` says: a score function's gradient is right for these alone."""
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -30,16 +35,29 @@ class Writer:
 
         ``progress`` names a progress bar. The key-value cache is transformers'; adapters act as they do in any forward.
         """
-        found, stop = [""] * len(examples), self.ends.stop
+        found = [""] * len(examples)
         with tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar:
             for numbers in _batches(examples):
                 prompts = [examples[number].prompt for number in numbers]
-                for number, text in zip(numbers, self._continue(model, prompts), strict=True):
-                    found[number] = (text.split(stop, 1)[0] if stop else text).strip()
+                for number, [ids] in zip(numbers, self.continuations(model, prompts), strict=True):
+                    found[number] = self.text(ids)
                 bar.update(len(numbers))
         return found
 
-    def _continue(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[str]:
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer that tokens say: what comes before the text that ends one."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return (text.split(self.ends.stop, 1)[0] if self.ends.stop else text).strip()
+
+    @torch.inference_mode()
+    def continuations(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: int | None = None
+    ) -> list[list[list[int]]]:
+        """Token ids that ``model`` writes after each prompt, what ended them included: the greedy answer alone, or
+        ``draws`` that are drawn from the model's own probabilities, of each.
+
+        All prompts go through the model together, a row each in their order (and a row for each draw of them).
+        """
         tokenizer = self.tokenizer
         filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         filler = filler or 0
@@ -50,14 +68,23 @@ class Writer:
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(seen, device=model.device),
             max_new_tokens=self.ends.max_new_tokens,
-            do_sample=False,
             num_beams=1,
+            **(GREEDY if draws is None else DRAWN | {"num_return_sequences": draws}),
             stop_strings=[self.ends.stop] if self.ends.stop else None,
             tokenizer=tokenizer,
             pad_token_id=filler,
         )
-        texts: list[str] = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-        return texts
+        new = [self._ended(ids, filler) for ids in written[:, longest:].tolist()]
+        return [new[start : start + (draws or 1)] for start in range(0, len(new), draws or 1)]
+
+    def _ended(self, ids: list[int], filler: int) -> list[int]:
+        """A row without what fills it up behind its end, which may be a token like the filler."""
+        end = len(ids)
+        while end and ids[end - 1] == filler:
+            end -= 1
+        if end < len(ids) and not (self.ends.stop and self.ends.stop in self.tokenizer.decode(ids[:end])):
+            end += filler == self.tokenizer.eos_token_id  # that token ended it
+        return ids[: max(end, 1)]
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:

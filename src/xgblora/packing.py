@@ -7,10 +7,10 @@ options of one token cost nothing. Models that cannot run this (:func:`choose_ro
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class Example:
 
     ``prompt``: token ids. ``options``: token ids of each candidate answer (none empty). ``label``: index of the
     correct one, which is trained on; ``also_correct``: further ones. ``score_prompt``: count the prompt's own tokens,
-    too, in the options' log-probabilities. ``references``: texts of the right answers where the model writes one.
-    ``null_prompt``: token ids that ask nothing, for calibrated scores.
+    too, in the options' log-probabilities. ``references``: texts of the right answers. ``null_prompt``: token ids that
+    ask nothing, for calibrated scores. ``row``: the columns it was made from, for rewards.
     """
 
     prompt: Sequence[int]
@@ -46,6 +46,7 @@ class Example:
     also_correct: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     null_prompt: tuple[int, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

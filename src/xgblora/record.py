@@ -59,6 +59,8 @@ class CurveRecorder(TrainerCallback):
             "boosters": len(boosters),
             "merge": bool(boosters) and boosters[-1].step == state.global_step,
         }
+        if "eval_reward" in metrics:
+            entry["eval_reward"] = metrics["eval_reward"]
         self._append(EVAL_LOSS, entry)
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:

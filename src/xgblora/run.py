@@ -25,6 +25,7 @@ from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
 from xgblora.residual import require_writers, residual_writers
+from xgblora.rewards import Reward, load_reward
 from xgblora.tasks import Chat, Task, encode, get_task, load_splits, load_task, sample
 from xgblora.trainer import Trainer, last_checkpoint
 
@@ -55,7 +56,8 @@ class Workspace:
             raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
         self.writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
         length = min(config.max_length, context_length(self.model) or config.max_length)
-        score_prompt = not self.classification and not config.only_train_option
+        score_prompt = not self.classification and not config.only_train_option and config.objective != "reward"
+        self.reward = self._reward(config) if config.reward else None
 
         def encoded(rows: Dataset, demonstrations: Sequence[Any] = ()) -> list[Example]:
             return encode(self.task, rows, self.tokenizer, length, score_prompt, demonstrations=demonstrations)
@@ -64,6 +66,18 @@ class Workspace:
         self.eval_split = samples.eval_split
         self._encoded, self._samples = encoded, samples
         self._zero_shot: tuple[Evaluation, Evaluation | None] | None = None
+
+    def _reward(self, config: RunConfig) -> Reward:
+        assert config.reward is not None
+        assert config.reward_completions is not None  # settled with the objective
+        completions = config.reward_completions
+        if self.writer and config.trainer == "zo" and completions == "expected":
+            raise XgbloraError(
+                "--reward_completions expected would compare answers drawn twice, once for each probe, where they are "
+                "written: take greedy, or --trainer regular"
+            )
+        function = load_reward(config.reward, config.reward_length_penalty)
+        return Reward(function, self.tokenizer, self.writer, completions, config.reward_samples)
 
     def scores(
         self, config: RunConfig, what: str, rows: tuple[list[Example], list[Example]] | None = None
@@ -152,6 +166,10 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
         metrics["score"] = score(metric, workspace.eval, final)
         metrics["zero_shot_score"] = score(metric, workspace.eval, zero_shot)
         metrics["dev_score"] = score(metric, workspace.dev, dev) if dev else None
+    if workspace.reward is not None:
+        scored = ("reward", workspace.eval, final), ("zero_shot_reward", workspace.eval, zero_shot)
+        for name, rows, found in (*scored, ("dev_reward", workspace.dev, dev)):
+            metrics[name] = workspace.reward.mean(rows, found.predictions, found.texts) if found else None
     metrics |= work
     write_json(folder / METRICS, metrics)  # last: it is what makes a run complete
     if config.result_file:
@@ -199,6 +217,7 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path
         adapters=ledger.adapters,
         train_dataset=workspace.train,
         eval_dataset=workspace.dev,
+        objective=workspace.reward,
         packed=workspace.packed,
         ledger=ledger,
         writer=workspace.writer,

@@ -35,6 +35,7 @@ from xgblora.objectives import Objective, classification_loss, language_model_lo
 from xgblora.packing import Batch, Example, build_batch, choose_route
 from xgblora.randomness import generator
 from xgblora.residual import Tail, Teacher, boost, teach
+from xgblora.rewards import Reward
 from xgblora.schedule import Schedule, resolve
 from xgblora.zo import direction_generators, estimate_batch
 
@@ -45,9 +46,10 @@ class Trainer(transformers.Trainer):
     """transformers' Trainer for adapters: zeroth-order (``args.trainer == "zo"``) or by backpropagation.
 
     ``adapters`` come from :func:`xgblora.attach` on ``model``; the datasets are sequences of
-    :class:`xgblora.Example`. ``objective`` maps (model, batch) to one loss an example; by default it is the
-    options' cross-entropy, or the language-model loss with ``args.train_as_classification = False``. ``ledger``: of
-    the same adapters, with the boosters to start from. ``writer``: evaluates answers that the model writes.
+    :class:`xgblora.Example`. ``objective`` maps (model, batch) to one loss an example (:class:`xgblora.Reward` is
+    one); by default it is the options' cross-entropy, or the language-model loss with
+    ``args.train_as_classification = False``. ``ledger``: of the same adapters, with the boosters to start from.
+    ``writer``: evaluates answers that the model writes.
     The model always runs in eval mode: with dropout, the two probes of a direction would see different noise.
     Raises :class:`DivergedError` at a NaN or infinite loss, before the step is applied.
     """
@@ -78,11 +80,14 @@ class Trainer(transformers.Trainer):
             raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {adapters.rank}")
         if args.recipe == "boost" and objective is not None:
             raise XgbloraError("--recipe boost fits the options' or the language model's loss: it takes no objective")
+        if args.objective == "reward" and objective is None:
+            raise XgbloraError("--objective reward needs an xgblora.Reward: give it as the objective")
         self.adapters = adapters
         self.writer = writer
         self.ledger = ledger or Ledger(adapters)
         self.classification = args.train_as_classification is not False
         self.objective = objective or (classification_loss if self.classification else language_model_loss)
+        self.reward = objective if isinstance(objective, Reward) else None
         self.step_loss = float("nan")
         """Mean loss of the step in progress, over its micro-batches."""
         self._micro_batch = 0
@@ -101,7 +106,8 @@ class Trainer(transformers.Trainer):
             callbacks=[_Boosting(self), *(callbacks or [])],
         )
         cache_bytes = int(args.activation_cache_gb * 1e9)
-        self.lower_layers = LowerLayers(adapters, cache_bytes) if args.trainer == "zo" else None
+        self._writes = self.reward is not None and self.reward.writer is not None
+        self.lower_layers = LowerLayers(adapters, cache_bytes) if args.trainer == "zo" and not self._writes else None
         self.tail = Tail(model, self.packed) if args.recipe == "boost" else None
         # Losses go into the bar and into the record, not onto the console line by line.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -133,10 +139,18 @@ class Trainer(transformers.Trainer):
             return self._fit_booster(batch, self.tail)
         batch = batch.to(args.device)
         share = 1 / self.current_gradient_accumulation_steps
+        written = self.reward.tokens if self.reward else 0
         if args.trainer == "zo":
             draws = direction_generators(args.seed, step, self._micro_batch, args.zo_num_perturbations)
             found = estimate_batch(
-                self.adapters, self.objective, batch, draws, args.zo_eps, args.zo_directions, self.lower_layers
+                self.adapters,
+                self.objective,
+                batch,
+                draws,
+                args.zo_eps,
+                args.zo_directions,
+                self.lower_layers,
+                by_row=self._writes,
             )
             loss = found.loss
             self._check(loss, found.gradient)
@@ -154,7 +168,9 @@ class Trainer(transformers.Trainer):
             passes = 1
         self.ledger.forward_passes += passes
         self.ledger.forward_sequences += passes * batch.segments
-        self.ledger.forward_tokens += passes * batch.tokens
+        self.ledger.forward_tokens += (
+            self.reward.tokens - written if self.reward and self._writes else passes * batch.tokens
+        )
         before = self.step_loss if self._micro_batch else 0.0
         self.step_loss = before + loss.item() * share
         self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
@@ -253,6 +269,8 @@ class Trainer(transformers.Trainer):
             writer=self.writer,
         )
         metrics = {f"{metric_key_prefix}_loss": found.loss, f"{metric_key_prefix}_accuracy": found.accuracy}
+        if self.reward is not None:
+            metrics[f"{metric_key_prefix}_reward"] = self.reward.mean(examples, found.predictions, found.texts)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -83,10 +83,12 @@ def estimate_batch(
     eps: float,
     directions: Literal["per_example", "shared"],
     lower_layers: LowerLayers | None = None,
+    by_row: bool = False,
 ) -> Estimate:
     """The same for the pairs in training of ``adapters`` and the examples of ``batch``: both signs in one forward.
 
-    On a CPU a large batch takes several forwards, each with both signs of some examples.
+    On a CPU a large batch takes several forwards, each with both signs of some examples. ``by_row``: the objective's
+    forwards are its own, of padded rows, one or more for every example of its batch in turn.
     """
     parts = [(examples, part, part.repeat(2).filled()) for examples, part in _parts(batch)]
 
@@ -94,10 +96,8 @@ def estimate_batch(
         found = torch.empty(2, batch.segments, device=z.device)
         for examples, part, both in parts:
             own = steps.view(2, batch.segments, -1)[:, examples].flatten(0, 1)
-            with (
-                lower_layers.shared(part, both) if lower_layers else nullcontext(),
-                adapters.probing(Probe(z, own[both.token_segment])),
-            ):
+            probe = Probe(z, own) if by_row else Probe(z, own[both.token_segment])
+            with lower_layers.shared(part, both) if lower_layers else nullcontext(), adapters.probing(probe):
                 found[:, examples] = objective(adapters.model, both).float().view(2, -1)
         return found.flatten()
 

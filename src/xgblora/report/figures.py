@@ -17,22 +17,23 @@ STYLES = ("-", "--", "-.", ":")  # identical curves stay visible on top of each 
 
 
 def draw_loss(runs: Sequence[Curves], path: Path) -> None:
-    """Training loss over steps: seeds thin, running mean over all seeds bold, merges as ticks on the axis."""
+    """Training loss or reward over steps: seeds thin, running mean over all seeds bold, merges as ticks on the axis."""
     work, unit = _work(runs)
-    figure, axes = _canvas("Training loss", work, "loss (nats)", runs)
+    title, name, sign = ("Reward in training", "reward", -1) if _rewarded(runs) else ("Training loss", "loss (nats)", 1)
+    figure, axes = _canvas(title, work, name, runs)
     for number, (label, group) in enumerate(_by_label(runs).items()):
         colour, style = COLOURS[number % 4], STYLES[number % 4]
         for run in group:
             axes.plot(
                 unit(run) * _column(run.loss, "step"),
-                _column(run.loss, "loss"),
+                sign * _column(run.loss, "loss"),
                 color=colour,
                 alpha=0.25,
                 linewidth=0.8,
             )
         shared = min(len(run.loss) for run in group)
         if shared:
-            mean = np.mean([_column(run.loss, "loss")[:shared] for run in group], axis=0)
+            mean = sign * np.mean([_column(run.loss, "loss")[:shared] for run in group], axis=0)
             window = max(1, shared // 20)
             smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
             steps = unit(group[0]) * _column(group[0].loss, "step")[window - 1 : shared]
@@ -45,18 +46,24 @@ def draw_loss(runs: Sequence[Curves], path: Path) -> None:
 
 
 def draw_eval(runs: Sequence[Curves], path: Path) -> None:
-    """Accuracy on the dev rows over steps, with merges marked; the dashed line is the model before training."""
+    """Accuracy or reward on the dev rows over steps, with merges marked."""
     work, unit = _work(runs)
-    figure, axes = _canvas("Accuracy on the development rows", work, "accuracy (%)", runs)
+    column, factor, name = ("eval_reward", 1, "reward") if _rewarded(runs) else ("eval_accuracy", 100, "accuracy (%)")
+    figure, axes = _canvas(f"{name.split(' ')[0].capitalize()} on the development rows", work, name, runs)
     for number, (label, group) in enumerate(_by_label(runs).items()):
         colour = COLOURS[number % 4]
         for run in group:
-            name = label if run is group[0] else None
-            work_done, accuracy = unit(run) * _column(run.evals, "step"), 100 * _column(run.evals, "eval_accuracy")
-            axes.plot(work_done, accuracy, "o-", markersize=3, color=colour, alpha=0.8, label=name)
+            legend = label if run is group[0] else None
+            work_done, reached = unit(run) * _column(run.evals, "step"), factor * _column(run.evals, column)
+            axes.plot(work_done, reached, "o-", markersize=3, color=colour, alpha=0.8, label=legend)
             merged = np.array([line["merge"] for line in run.evals], dtype=bool)
-            axes.plot(work_done[merged], accuracy[merged], "D", markersize=7, color=colour)
+            axes.plot(work_done[merged], reached[merged], "D", markersize=7, color=colour)
     _finish(figure, axes, path, merges=any(run.merges for run in runs), merge_marker="D")
+
+
+def _rewarded(runs: Sequence[Curves]) -> bool:
+    """Whether training followed a reward: then the loss is minus that."""
+    return "reward" in runs[0].metrics
 
 
 def _work(runs: Sequence[Curves]) -> tuple[str, Callable[[Curves], float]]:

@@ -8,7 +8,10 @@ from rich.table import Table
 
 from xgblora.report.curves import Curves
 
-_SUMMARISED = ("accuracy", "score", "gain", "dev_accuracy", "eval_loss", "seconds_per_step", "peak_memory_mb", "merges")
+_SUMMARISED = (
+    *("accuracy", "score", "reward", "gain", "dev_accuracy", "eval_loss"),
+    *("seconds_per_step", "peak_memory_mb", "merges"),
+)
 
 
 def results_table(runs: Sequence[Curves]) -> Table:
@@ -18,7 +21,8 @@ def results_table(runs: Sequence[Curves]) -> Table:
     table = Table(title=f"{first['model']} on {first['task']}, {rows} held-out {split} rows")
     names = ("method", "seed", "zero-shot", "dev", split, "gain", "eval loss", "merges", "forward passes", "s / step")
     metric = first.get("metric")  # a task's own, beside accuracy
-    for name in (*names, "peak MB", *([metric.replace("_", " ")] if metric else [])):
+    rewarded = "reward" in first
+    for name in (*names, "peak MB", *([metric.replace("_", " ")] if metric else []), *(["reward"] * rewarded)):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for run in runs:
         m = run.metrics
@@ -35,6 +39,7 @@ def results_table(runs: Sequence[Curves]) -> Table:
             f"{m['seconds_per_step']:.3g}" if m.get("seconds_per_step") is not None else "-",
             f"{m['peak_memory_mb']:,.0f}" if m.get("peak_memory_mb") is not None else "-",
             *([_percent(m["score"])] if metric else []),
+            *([f"{m['reward']:.3f}"] if rewarded else []),
         )
     return table
 

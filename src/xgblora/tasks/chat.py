@@ -89,7 +89,10 @@ class Chat:
             with naming(f"{self.name}, row {number}"):
                 turns = self._turns(row)
                 if not answered:
-                    examples.append(Example(_ids(tokenizer, turns, True)[-max_length:], [], 0))
+                    room = max_length - self.generation.max_new_tokens
+                    if room < 1:
+                        raise XgbloraError(f"what is to be said leaves no room for a prompt within {max_length}")
+                    examples.append(Example(_ids(tokenizer, turns, True)[-room:], [], 0, row=row))
                 for place, turn in enumerate(turns):
                     if answered and turn["role"] == "assistant":
                         prompt, said = _turn(tokenizer, turns[: place + 1])
@@ -97,7 +100,7 @@ class Chat:
                         if room < 1:
                             raise XgbloraError(f"message {place + 1} leaves no room for a prompt within {max_length}")
                         reference = (turn["content"].strip(),)
-                        examples.append(Example(prompt[-room:], [said], 0, score_prompt, references=reference))
+                        examples.append(Example(prompt[-room:], [said], 0, score_prompt, references=reference, row=row))
         return examples
 
 

@@ -41,6 +41,7 @@ def encode(
         if list(demonstrations):
             raise XgbloraError(f"{task.name} is made of conversations, which take no demonstrations: --num_train 0")
         return task.encode(rows, tokenizer, max_length, score_prompt, answered)
+    rows = list(rows)
     questions = _questions(task, rows, answered)
     if not questions:
         return []
@@ -54,14 +55,13 @@ def encode(
     first = len(tokenizer("")["input_ids"])  # special tokens that open every text (BOS)
     cut = 0
     examples = []
-    for number, (question, prompt, ids) in enumerate(zip(questions, prompts, options, strict=True), start=1):
+    for number, (row, question, prompt, ids) in enumerate(zip(rows, questions, prompts, options, strict=True), start=1):
         with naming(f"{task.name}, row {number}"):
             kept = _fitting(prompt, question, ids, max_length, first)
         cut += len(kept) < len(prompt)
         label, *others = question.correct or (0,)
-        examples.append(
-            Example(kept, ids, label, score_prompt, tuple(others), question.references, nulls[question.null_prompt])
-        )
+        null = nulls[question.null_prompt]
+        examples.append(Example(kept, ids, label, score_prompt, tuple(others), question.right, null, row))
     if cut:
         room = f"{max_length} tokens with their options"
         logger.warning("%d of %d prompts were longer than %s and lost their beginning", cut, len(examples), room)

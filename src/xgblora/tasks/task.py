@@ -56,6 +56,11 @@ class Question:
     null_prompt: str = ""
 
     @property
+    def right(self) -> tuple[str, ...]:
+        """The texts of all right answers."""
+        return self.references or tuple(self.options[place].strip() for place in self.correct)
+
+    @property
     def answered(self) -> str:
         """The prompt with its first correct option."""
         return (self.prompt + self.options[self.correct[0]]).rstrip()

@@ -1,0 +1,395 @@
+"""Rewards: ready ones, one's own, and that training follows them, over options and over written answers."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import ARCHITECTURES, build, byte_tokenizer, examples
+from xgblora import Example, Reward, RunConfig, Trainer, XgbloraError, attach, evaluate, length_penalised, load_reward
+from xgblora.adapters import Adapters
+from xgblora.cli import main
+from xgblora.config import notes
+from xgblora.generation import Writer
+from xgblora.objectives import option_scores
+from xgblora.packing import build_batch
+from xgblora.report import draw_eval, draw_loss, read_curves
+from xgblora.tasks import Generation, Task, encode
+from xgblora.zo import direction_generators, estimate_batch
+
+TOKENIZER = byte_tokenizer()
+ENDS = Generation(6, "\n")
+
+
+def test_ready_rewards() -> None:
+    row = Example([1], [[2]], 0, references=("the cat sat", "A dog"))
+    for name, completion, worth in (
+        ("accuracy", "A dog", 1),
+        ("accuracy", "a dog", 0),
+        ("exact_match", "The dog.", 1),
+        ("exact_match", "The dogs", 0),
+        ("f1", "cat sat down", 0.8),
+        ("rouge_l", "the cat was there", 4 / 7),
+        ("rouge_l", "dog", 2 / 3),
+        ("rouge_l", "", 0),
+    ):
+        assert load_reward(name)("", completion, row) == pytest.approx(worth), (name, completion)
+    brief = length_penalised(load_reward("f1"), 0.1)
+    assert brief("", "cat sat down", row) == pytest.approx(0.5)
+    assert load_reward("f1", 0.1)("", "cat sat down", row) == pytest.approx(0.5)
+
+
+def test_a_reward_sees_prompt_completion_and_row() -> None:
+    task = Task("T", "{{ q }}?", ("yes", "no"), "a", dict)
+    rows = encode(task, [{"q": "is it", "a": "no", "more": 7}], TOKENIZER, 60)
+    seen = []
+
+    def mine(prompt: str, completion: str, example: Example) -> float:
+        seen.append((prompt, completion, dict(example.row), example.references))
+        return 1.0
+
+    assert Reward(mine, TOKENIZER).mean(rows, [0], None) == 1
+    assert seen == [("is it?", "yes", {"q": "is it", "a": "no", "more": 7}, ("no",))]
+
+
+def answered(model: PreTrainedModel, rows: list[Example], worth: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference: one example a forward; the reward of the best option, and the expected one."""
+    best, expected = [], []
+    for row, own in zip(rows, worth, strict=True):
+        scores = option_scores(model, build_batch([row]), normalised=True)[0]
+        best.append(own[scores.argmax()])
+        expected.append((scores.softmax(0) * own).sum())
+    return torch.stack(best), torch.stack(expected)
+
+
+@pytest.mark.parametrize("options", [[[5], [9]], [[5, 6, 7], [9], [11, 12]]])
+@pytest.mark.parametrize("packed", [True, False])
+def test_rewards_of_options(packed: bool, options: list[list[int]], randomise: Callable[[Any, int], None]) -> None:
+    """Of the chosen one, and the mean by probability with its exact gradient."""
+    model, rows = build(ARCHITECTURES["llama"]), examples(7, options)
+    adapters = attach(model, 2, 16)
+    randomise(adapters, 3)
+    worth = torch.rand(len(rows), len(options), generator=torch.Generator().manual_seed(1))
+    texts = [TOKENIZER.decode(option).strip() for option in options]
+
+    def mine(prompt: str, completion: str, example: Example) -> float:
+        return worth[rows.index(example), texts.index(completion)].item()
+
+    batch = build_batch(rows, packed)
+    with torch.inference_mode():
+        best, _ = answered(model, rows, worth)
+        torch.testing.assert_close(Reward(mine, TOKENIZER)(model, batch), -best)
+    _, expected = answered(model, rows, worth)
+    (-expected.mean()).backward()
+    wanted = [p.grad.clone() for p in adapters.parameters() if p.grad is not None]
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    losses = Reward(mine, TOKENIZER, completions="expected")(model, batch)
+    torch.testing.assert_close(losses, -expected)
+    losses.mean().backward()
+    assert len(wanted) == len(list(adapters.parameters()))
+    for parameter, gradient in zip(adapters.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def prompts(count: int) -> list[Example]:
+    return [Example(TOKENIZER("x" * (3 * number + 1) + " is")["input_ids"], [[5]], 0) for number in range(count)]
+
+
+def letters(prompt: str, completion: str, example: Example) -> float:
+    """A number that changes with every letter of prompt and completion."""
+    return sum((place + 1) * ord(letter) for place, letter in enumerate(completion)) / 1000 + len(prompt)
+
+
+@pytest.mark.parametrize("directions", ["per_example", "shared"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "gpt2"])
+def test_every_example_is_answered_under_its_own_probe(
+    kind: str, directions: Any, randomise: Callable[[Any, int], None]
+) -> None:
+    """The estimate equals one from answers written one by one, by models whose pairs were really moved."""
+    model, rows = build(ARCHITECTURES[kind]), prompts(4)
+    adapters = attach(model, 1, 16)
+    randomise(adapters, 1)
+    writer, eps = Writer(TOKENIZER, ENDS), 0.5
+    found = estimate_batch(
+        *(adapters, Reward(letters, TOKENIZER, writer), build_batch(rows), direction_generators(0, 3, 0, 1), eps),
+        directions,
+        by_row=True,
+    )
+    count = len(rows) if directions == "per_example" else 1
+    z = torch.randn(count, adapters.size, generator=direction_generators(0, 3, 0, 1)[0])
+    before = {layer: (layer.lora_A.clone(), layer.lora_B.clone()) for layer, _, _ in adapters.slices}
+    projected = []
+    for number, row in enumerate(rows):
+        worth = []
+        for sign in (eps, -eps):
+            with torch.no_grad():
+                for layer, a, b in adapters.slices:
+                    own = z[number % count]
+                    layer.lora_A.copy_(before[layer][0] + sign * own[a].view_as(layer.lora_A))
+                    layer.lora_B.copy_(before[layer][1] + sign * own[b].view(1, -1).T)
+            (text,) = writer.write(model, [row])
+            worth.append(letters(TOKENIZER.decode(row.prompt, skip_special_tokens=True).strip(), text, row))
+        projected.append(-(worth[0] - worth[1]) / (2 * eps))
+    expected = torch.tensor(projected)
+    assert (expected != 0).sum() > 1  # answers did change
+    torch.testing.assert_close(
+        found.projected, expected if count > 1 else expected.mean(0, keepdim=True), atol=1e-4, rtol=0
+    )
+
+
+def test_the_score_function_has_the_gradient_of_the_expected_reward(randomise: Callable[[Any, int], None]) -> None:
+    """Of one drawn token, where every answer's probability is known."""
+    model, rows = build(ARCHITECTURES["llama"]), prompts(2)
+    adapters = attach(model, 1, 16)
+    randomise(adapters, 2)
+    worth = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    writer = Writer(TOKENIZER, Generation(1, ""))
+    spelled = {TOKENIZER.decode([token], skip_special_tokens=True).strip(): token for token in range(300)}
+    worth = torch.stack([worth[spelled[writer.text([token])]] for token in range(300)])  # some tokens say the same
+
+    def mine(prompt: str, completion: str, example: Example) -> float:
+        return worth[spelled[completion]].item()
+
+    every = build_batch([replace(row, options=[[token] for token in range(300)]) for row in rows])
+    exact = (option_scores(model, every, normalised=True).exp() * worth).sum(1)
+    (-exact.mean()).backward()
+    wanted = torch.cat([p.grad.flatten() for p in adapters.parameters()])
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    torch.manual_seed(0)
+    reward = Reward(mine, TOKENIZER, writer, "expected", samples=4000)
+    losses = reward(model, build_batch(rows))
+    torch.testing.assert_close(losses, -exact, atol=0.02, rtol=0)
+    losses.mean().backward()
+    found = torch.cat([p.grad.flatten() for p in adapters.parameters()])
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.95
+    assert 0.9 < found.norm() / wanted.norm() < 1.15
+
+
+def test_drawn_answers_end_as_written_ones_do() -> None:
+    """Ids end with what ended them, and nothing that fills up a batch is left behind it."""
+    model = build(ARCHITECTURES["llama"])
+    model.generation_config.temperature, model.generation_config.top_k = 0.01, 1  # not what is drawn from
+    writer = Writer(TOKENIZER, Generation(12, "e"))
+    torch.manual_seed(0)
+    found = writer.continuations(model, [row.prompt for row in prompts(3)], draws=60)
+    assert [len(own) for own in found] == [60] * 3
+    ids = [one for own in found for one in own]
+    assert len({tuple(one) for one in ids}) > 150
+    stopped = [one for one in ids if "e" in TOKENIZER.decode(one)]
+    assert stopped
+    assert all("e" not in TOKENIZER.decode(one[:-1]) for one in stopped)
+    ended = [one for one in ids if one[-1] == TOKENIZER.eos_token_id]
+    assert ended
+    for one in ids:
+        assert TOKENIZER.eos_token_id not in one[:-1]
+        assert len(one) == 12 or one in stopped or one in ended
+
+
+@pytest.mark.parametrize("completions", ["greedy", "expected"])
+def test_all_that_writing_feeds_to_the_model_is_counted(completions: Any) -> None:
+    model, rows = build(ARCHITECTURES["opt"]), prompts(3)
+    attach(model, 1, 16)
+    writer = Writer(TOKENIZER, ENDS)
+    reward = Reward(letters, TOKENIZER, writer, completions, samples=5)
+    torch.manual_seed(0)
+    written = writer.continuations(model, [row.prompt for row in rows], None if completions == "greedy" else 5)
+    torch.manual_seed(0)
+    reward(model, build_batch(rows))
+    fed = sum(len(row.prompt) + len(ids) - 1 for row, own in zip(rows, written, strict=True) for ids in own)
+    if completions == "expected":  # scored as branches of one prompt
+        fed += sum(len(row.prompt) + sum(len(i) - 1 for i in own) for row, own in zip(rows, written, strict=True))
+    assert reward.tokens == fed
+
+
+def test_the_reward_of_an_evaluation_is_its_accuracy() -> None:
+    model = build(ARCHITECTURES["opt"])
+    task = Task("T", "{{ q }}?", ("yes", "no"), "a", dict)
+    rows = encode(task, [{"q": "x" * n, "a": n % 2} for n in range(1, 20)], TOKENIZER, 60)
+    found = evaluate(model, rows, True, 4)
+    reward = Reward(load_reward("accuracy"), TOKENIZER)
+    assert reward.mean(rows, found.predictions, None) == pytest.approx(found.accuracy)
+    with torch.inference_mode():
+        assert -reward(model, build_batch(rows)).mean().item() == pytest.approx(found.accuracy)
+
+
+REWARDS = """
+from xgblora import Example
+
+ANSWERS = 3
+
+def great(prompt, completion, example):
+    return completion == "great"
+
+def letter(prompt, completion, example):
+    return completion.count("a") / 4
+
+def bad(prompt, completion, example):
+    return {}[completion]
+
+def nan(prompt, completion, example):
+    return float("nan")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of rewards in the working directory, under a name that no other test has imported."""
+    name = f"rewards_of_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(REWARDS, encoding="utf-8")
+    (tmp_path / f"{name}_broken.py").write_text("import nothing_of_that_name\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def learn(folder: Path, model: Path, flags: str, task: str = "") -> dict[str, Any]:
+    if task:
+        (folder / "mine.yaml").write_text(task, encoding="utf-8")
+        flags += f" --task_file {folder / 'mine.yaml'}"
+    command = f"train --model_name {model} --use_cpu true --disable_tqdm true --output_dir {folder / 'run'} {flags}"
+    assert main([*command.split(), "--num_train", "32", "--num_dev", "8", "--num_eval", "12"]) == 0
+    metrics: dict[str, Any] = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --max_steps 40 --eval_steps 20",
+        "--trainer zo --reward_completions expected --zo_directions shared --optim adamw_torch --learning_rate 0.02"
+        " --zo_eps 0.05 --max_steps 40 --eval_steps 20",
+        "--trainer regular --optim adamw_torch --learning_rate 0.02 --max_steps 20 --eval_steps 20",
+    ],
+)
+def test_training_raises_a_reward_of_options(
+    own: str, flags: str, tmp_path: Path, model_folder: Path, data_folder: Path
+) -> None:
+    """From the command line: a reward for one of the two answers, whatever is right."""
+    metrics = learn(
+        tmp_path, model_folder, f"{flags} --lora_r 1 --task_name SST2 --data_dir {data_folder} --reward {own}:great"
+    )
+    assert metrics["reward"] == 1
+    assert metrics["dev_reward"] == 1
+    assert metrics["zero_shot_reward"] < 1
+    curve = [json.loads(line) for line in (tmp_path / "run" / "eval_loss.jsonl").read_text("utf-8").splitlines()]
+    assert curve[-1]["eval_reward"] == 1
+
+
+WRITTEN = """
+data: {train: rows.jsonl, test: rows.jsonl}
+prompt: "{{ name }} is"
+answer: name
+generate: {max_new_tokens: 4}
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60",
+        "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8",
+    ],
+)
+def test_training_raises_a_reward_of_written_answers(own: str, flags: str, tmp_path: Path, model_folder: Path) -> None:
+    """For every letter "a"; all that was fed to the model on the way is counted."""
+    rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 14)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    flags += " --per_device_train_batch_size 16 --lora_r 4 --lora_target_modules q_proj v_proj fc1 fc2"
+    metrics = learn(tmp_path, model_folder, f"{flags} --reward {own}:letter", WRITTEN)
+    assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
+    assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
+
+
+def test_a_comparison_by_reward(own: str, tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
+    """Without a merge both methods are one, to the last bit, and figures and table show the reward."""
+    command = f"compare --model_name {model_folder} --use_cpu true --disable_tqdm true --output_root {tmp_path / 'all'}"
+    command += f" --task_name SST2 --data_dir {data_folder} --num_train 32 --num_dev 8 --num_eval 12 --seeds 0"
+    command += " --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --lora_rank 1 --max_steps 12 --eval_steps 4"
+    assert main([*command.split(), "--xgblora_steps_per_iteration", "12", "--reward", f"{own}:great"]) == 0
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text(encoding="utf-8"))
+    assert {"LoRA+ZO", "XGBLoRA+ZO"} == {name for name, found in summary["methods"].items() if "reward" in found}
+    curves = sorted((tmp_path / "all").rglob("training_loss.jsonl"))
+    assert len(curves) == 2
+    assert curves[0].read_text(encoding="utf-8") == curves[1].read_text(encoding="utf-8")
+    runs = [read_curves(path.parent) for path in curves]
+    for draw, title in ((draw_loss, "Reward in training"), (draw_eval, "Reward on the development rows")):
+        draw(runs, tmp_path / "figure.svg")
+        assert title in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (
+            "best",
+            "--reward 'best' is neither one of accuracy, exact_match, f1, rouge_l nor of the form module:function",
+        ),
+        (":great", "neither one of"),
+        ("OWN:", "neither one of"),
+        ("OWN:none", "has no none"),
+        ("OWN:ANSWERS", "ANSWERS is no function, but int"),
+        ("OWN_broken:great", "cannot import rewards_of_"),
+        ("no_such_module:great", "cannot import no_such_module: ModuleNotFoundError"),
+        ("OWN:bad", "the reward fails for the completion"),
+        ("OWN:nan", "is nan: it must be finite"),
+    ],
+)
+def test_bad_rewards_are_one_line(
+    own: str,
+    reward: str,
+    said: str,
+    tmp_path: Path,
+    model_folder: Path,
+    data_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = f"train --model_name {model_folder} --use_cpu true --disable_tqdm true --output_dir {tmp_path / 'run'}"
+    command += f" --task_name SST2 --data_dir {data_folder} --max_steps 2 --num_train 8 --num_dev 4 --num_eval 4"
+    assert main([*command.split(), "--reward", reward.replace("OWN", own)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"objective": "reward"}, "needs a --reward"),
+        ({"objective": "best"}, "--objective must be one of likelihood, reward"),
+        ({"reward": "f1", "reward_completions": "all"}, "--reward_completions must be one of greedy, expected"),
+        ({"reward": "f1", "reward_samples": 1}, "--reward_samples must be at least 2"),
+        ({"reward": "f1", "reward_length_penalty": -1.0}, "--reward_length_penalty must be 0 or more"),
+        ({"reward": "f1", "reward_completions": "greedy", "trainer": "regular"}, "has no gradient"),
+        ({"reward": "f1", "recipe": "boost"}, "leave out --objective reward"),
+        ({"reward": "f1", "torch_compile": True}, "--torch_compile is for losses"),
+    ],
+)
+def test_what_cannot_be_rewarded_is_refused(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(XgbloraError, match=said):
+        RunConfig(**flags)
+
+
+def test_flags_of_rewards_say_when_they_do_nothing() -> None:
+    assert RunConfig(reward="f1").objective == "reward"
+    assert RunConfig(reward="f1").reward_completions == "greedy"
+    assert RunConfig(reward="f1", trainer="regular").reward_completions == "expected"
+    assert not [note for note in notes(RunConfig(reward="f1", reward_samples=5)) if "reward" in note]
+    found = notes(RunConfig(reward_samples=5, reward_length_penalty=0.1, reward_completions="greedy"))
+    assert sum("has no effect without --reward" in note for note in found) == 3
+    assert any("--only_train_option" in note for note in notes(RunConfig(reward="f1", only_train_option=False)))
+
+
+def test_a_trainer_wants_the_reward_itself(tmp_path: Path) -> None:
+    model = build(ARCHITECTURES["opt"])
+    adapters: Adapters = attach(model, 1, 16)
+    config = RunConfig(output_dir=str(tmp_path), reward="accuracy", use_cpu=True)
+    with pytest.raises(XgbloraError, match=r"needs an xgblora\.Reward"):
+        Trainer(model, config, adapters, examples(8))
