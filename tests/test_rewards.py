@@ -1,6 +1,7 @@
 """Rewards: ready ones, one's own, and that training follows them, over options and over written answers."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from xgblora.generation import Writer
 from xgblora.objectives import option_scores
 from xgblora.packing import build_batch
 from xgblora.report import draw_eval, draw_loss, read_curves
+from xgblora.rewards import READY
 from xgblora.tasks import Generation, Task, encode
 from xgblora.zo import direction_generators, estimate_batch
 
@@ -174,6 +176,37 @@ def test_the_score_function_has_the_gradient_of_the_expected_reward(randomise: C
     assert 0.9 < found.norm() / wanted.norm() < 1.15
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_answers_of_several_tokens_count_by_their_whole_probability(
+    packed: bool, randomise: Callable[[Any, int], None]
+) -> None:
+    """Reference: every drawn answer in a forward of its own, its tokens' log-probabilities added up."""
+    model, rows = build(ARCHITECTURES["opt"]), prompts(3)
+    adapters = attach(model, 1, 16)
+    randomise(adapters, 4)
+    writer = Writer(TOKENIZER, Generation(6, "e"))
+    torch.manual_seed(0)
+    written = writer.continuations(model, [row.prompt for row in rows], draws=5)
+    assert len({len(ids) for own in written for ids in own}) > 2
+    wanted = torch.zeros(())
+    for row, own in zip(rows, written, strict=True):
+        prompt = TOKENIZER.decode(row.prompt, skip_special_tokens=True).strip()
+        worth = torch.tensor([letters(prompt, writer.text(ids), row) for ids in own])
+        for number, ids in enumerate(own):
+            logs = model(torch.tensor([[*row.prompt, *ids]])).logits[0, len(row.prompt) - 1 : -1].log_softmax(1)
+            others = (worth.sum() - worth[number]) / 4
+            wanted = wanted - (worth[number] - others) * logs[torch.arange(len(ids)), ids].sum() / 15
+    wanted.backward()
+    gradients = [p.grad.clone() for p in adapters.parameters() if p.grad is not None]
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    torch.manual_seed(0)
+    Reward(letters, TOKENIZER, writer, "expected", samples=5)(model, build_batch(rows, packed)).mean().backward()
+    assert len(gradients) == len(list(adapters.parameters()))
+    for parameter, gradient in zip(adapters.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
+
+
 def test_drawn_answers_end_as_written_ones_do() -> None:
     """Ids end with what ended them, and nothing that fills up a batch is left behind it."""
     model = build(ARCHITECTURES["llama"])
@@ -324,6 +357,18 @@ def test_a_comparison_by_reward(own: str, tmp_path: Path, model_folder: Path, da
     for draw, title in ((draw_loss, "Reward in training"), (draw_eval, "Reward on the development rows")):
         draw(runs, tmp_path / "figure.svg")
         assert title in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+
+
+def test_the_documented_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    (tmp_path / "rewards_documented.py").write_text(code[1], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    judged = load_reward("rewards_documented:brief_and_right")
+    assert judged("", "Ann is", Example([1], [[2]], 0, references=("Ann",))) == pytest.approx(1 - 0.06)
+    assert all(f"`{name}`" in page for name in READY)
 
 
 @pytest.mark.parametrize(
