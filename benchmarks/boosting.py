@@ -42,9 +42,10 @@ MEZO = {"lora": True, "zo_directions": "shared", "zo_eps": 1e-2}  # SGD at a con
 # Backpropagation has learned 1,000 rows after 200 steps; its dev loss only rises from there on (docs/experiments.md).
 BACKPROP = {"trainer": "regular", "eval_steps": 50, "max_steps": 200} | ADAM
 RIDGES = (0.3, 1.0, 3.0)
-SGD_RATES, ZO_RATES, BACKPROP_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 6e-3), (2e-4, 5e-4, 1e-3)
+SGD_RATES, ZO_RATES, BACKPROP_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 1.7e-3, 3e-3), (2e-4, 5e-4, 1e-3)
 
 METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
+    "in_context": ({"trainer": "none"}, "num_train", (4, 8, 16)),
     "boost": ({"recipe": "boost", "eval_strategy": "steps"}, "boost_ridge", RIDGES),
     "boost_128": (
         {"recipe": "boost", "boost_boosters": 2, "boost_examples": 128, "boost_teacher_examples": 112},
@@ -54,6 +55,11 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "mezo_lora_r1": (MEZO | {"lora_r": 1, "lora_alpha": 2}, "learning_rate", SGD_RATES),
     "mezo_lora_r8": (MEZO | {"lora_r": 8, "lora_alpha": 16}, "learning_rate", SGD_RATES),
     "zo_lora_r1": (ADAM | {"lora": True, "lora_r": 1, "zo_eps": 1e-2}, "learning_rate", ZO_RATES),
+    "zo_lora_r1_probes2": (  # two directions for each example, half as many steps
+        ADAM | {"lora": True, "lora_r": 1, "zo_eps": 1e-2, "zo_num_perturbations": 2, "max_steps": STEPS // 2},
+        "learning_rate",
+        ZO_RATES,
+    ),
     "zo_xgblora": (
         ADAM | {"xgblora": True, "xgblora_steps_per_iteration": 100, "zo_eps": 1e-2},
         "learning_rate",
@@ -68,14 +74,16 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
         BACKPROP_RATES,
     ),
 }
-"""Flags, what is tuned, and its trials. Ranks above 1 keep the scaling of rank 1."""
+"""Flags, what is tuned, its trials (in context: numbers of examples). Ranks above 1 keep the scaling of rank 1."""
 
 LABELS = {
+    "in_context": "answered examples in context",
     "boost": "recipe boost",
     "boost_128": "recipe boost, two boosters\nof 128 examples",
     "mezo_lora_r1": "MeZO-LoRA r = 1",
     "mezo_lora_r8": "MeZO-LoRA r = 8",
     "zo_lora_r1": "zeroth-order LoRA r = 1,\ndirections per example",
+    "zo_lora_r1_probes2": "the same, two directions each",
     "zo_xgblora": "zeroth-order XGBLoRA",
     "backprop_lora_r1": "backprop LoRA r = 1",
     "backprop_lora_r5": "backprop LoRA r = 5",
@@ -98,8 +106,10 @@ class Runs:
         flags, tuned, _ = METHODS[method]
         folder = self.root / f"{method}_{tuned}_{value:g}_seed{seed}"
         values = COMMON | {"task_name": self.task, "max_steps": self.steps} | flags
-        if method == "boost" and len(TASKS[self.task].options) > 2:
+        options = TASKS[self.task].options
+        if method == "boost" and isinstance(options, tuple) and len(options) > 2:
             values["boost_boosters"] = 8  # two for each of the four directions of five options' scores
+        value = int(value) if tuned == "num_train" else value
         values |= {tuned: value, "seed": seed, "train_set_seed": seed, "output_dir": str(folder)}
         config = RunConfig(**values)
         found = finished_metrics(config)
@@ -137,8 +147,8 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, 
         row: dict[str, Any] = {"method": method, METHODS[method][1]: chosen[method]}
         row |= {"test": accuracies[method].tolist()} | difference(accuracies, method)
         for name in ("dev_accuracy", "eval_loss", "forward_sequences", "forward_tokens", "training_seconds"):
-            row[name] = float(np.mean([metrics[name] for metrics in group]))
-        row["peak_memory_mb"] = float(np.max([metrics["peak_memory_mb"] for metrics in group]))
+            row[name] = float(np.mean([metrics.get(name, 0.0) for metrics in group]))
+        row["peak_memory_mb"] = float(np.max([metrics.get("peak_memory_mb", np.nan) for metrics in group]))
         row["zero_shot"] = 100 * float(np.mean([metrics["zero_shot_accuracy"] for metrics in group]))
         rows.append(row)
     table = _table(f"{runs.task}, {found[methods[0]][0]['rows']['evaluation']:,} test rows, {len(seeds)} seeds")

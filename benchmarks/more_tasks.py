@@ -1,10 +1,12 @@
-"""Two tasks beside the package's own, from text that comes with package registries.
+"""Three tasks beside the package's own, from text that comes with package registries.
 
 IMDB40: the first 40 words of 25,000 film reviews, negative or positive, from the wheel that holds Rotten Tomatoes.
 DebianSections: one-line descriptions of Debian packages, and which of five sections the package is in; from the
 package index of a Debian machine (``apt-cache dumpavail``). One package a source, at most 600 a section.
+PackageNames: the same descriptions, and which of four packages of its section each is of; none that names its package.
 """
 
+import re
 import subprocess
 from collections.abc import Mapping
 from email import message_from_string
@@ -27,7 +29,8 @@ def _imdb() -> Mapping[str, Dataset]:
     return hold_out(reviews("imdb").map(lambda row: {"text": " ".join(row["text"].split()[:WORDS])}), 2000)
 
 
-def _sections() -> Mapping[str, Dataset]:
+def _packages() -> list[dict[str, Any]]:
+    """Name, description and section (its number) of packages, section by section in a fixed random order."""
     listing = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, check=True, encoding="utf-8").stdout
     packages = [message_from_string(block) for block in listing.split("\n\n")]
     sources, texts = set(), set()
@@ -38,12 +41,31 @@ def _sections() -> Mapping[str, Dataset]:
         if section in rows and text and source not in sources and text not in texts:
             sources.add(source)
             texts.add(text)
-            rows[section].append({"text": text, "label": SECTIONS.index(section)})
+            rows[section].append({"name": package["Package"], "text": text, "label": SECTIONS.index(section)})
     kept = []
     for number, those in enumerate(rows.values()):
         order = torch.randperm(len(those), generator=generator(0, "split", number)).tolist()
         kept += [those[i] for i in order[:MOST_OF_A_SECTION]]
-    return hold_out(Dataset.from_list(kept), 1000)
+    return kept
+
+
+def _sections() -> Mapping[str, Dataset]:
+    return hold_out(Dataset.from_list(_packages()), 1000)
+
+
+def _names() -> Mapping[str, Dataset]:
+    rows = [row for row in _packages() if not _named(row)]
+    for number, row in enumerate(rows):
+        others = [other["name"] for other in rows if other["label"] == row["label"] and other is not row]
+        draw = generator(0, "split", len(SECTIONS), number)
+        shown = [row["name"], *(others[i] for i in torch.randperm(len(others), generator=draw).tolist()[:3])]
+        row["names"] = [shown[i] for i in torch.randperm(4, generator=draw).tolist()]
+    return hold_out(Dataset.from_list(rows), 1000)
+
+
+def _named(row: Mapping[str, Any]) -> bool:
+    """Whether a part of the name that is a word stands in the description."""
+    return bool(set(re.findall(r"[a-z]{3,}", row["name"])) & set(re.findall(r"[a-z]{3,}", row["text"].lower())))
 
 
 IMDB40 = Task("IMDB40", "{{ text | trim }} It was", ("terrible", "great"), "label", _imdb)
@@ -55,5 +77,9 @@ DEBIAN_SECTIONS = Task(
     _sections,
 )
 
-for task in (IMDB40, DEBIAN_SECTIONS):
+PACKAGE_NAMES = Task(
+    "PackageNames", "{{ text | trim }}. The name of this software is", "names", "name", _names, num_dev=300
+)
+
+for task in (IMDB40, DEBIAN_SECTIONS, PACKAGE_NAMES):
     TASKS[task.name] = task

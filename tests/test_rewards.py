@@ -328,15 +328,17 @@ generate: {max_new_tokens: 4}
 @pytest.mark.parametrize(
     "flags",
     [
-        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60",
-        "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8",
+        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60 --lora_r 4",
+        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60 --xgblora"
+        " --xgblora_layers 1 --xgblora_layer_choice top --xgblora_steps_per_iteration 30",
+        "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8 --lora_r 4",
     ],
 )
 def test_training_raises_a_reward_of_written_answers(own: str, flags: str, tmp_path: Path, model_folder: Path) -> None:
     """For every letter "a"; all that was fed to the model on the way is counted."""
     rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 14)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    flags += " --per_device_train_batch_size 16 --lora_r 4 --lora_target_modules q_proj v_proj fc1 fc2"
+    flags += " --per_device_train_batch_size 16 --lora_target_modules q_proj v_proj fc1 fc2"
     metrics = learn(tmp_path, model_folder, f"{flags} --reward {own}:letter", WRITTEN)
     assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
     assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
@@ -356,7 +358,10 @@ def test_a_comparison_by_reward(own: str, tmp_path: Path, model_folder: Path, da
     runs = [read_curves(path.parent) for path in curves]
     for draw, title in ((draw_loss, "Reward in training"), (draw_eval, "Reward on the development rows")):
         draw(runs, tmp_path / "figure.svg")
-        assert title in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+        text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+        assert title in text
+        assert "<!-- 0." in text
+        assert "<!-- \N{MINUS SIGN}" not in text, "rewards of 0 to 1"
 
 
 def test_the_documented_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
