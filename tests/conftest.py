@@ -32,6 +32,7 @@ from transformers import (
 
 from xgblora import Example, RunConfig, Trainer, attach
 from xgblora.boosters import Ledger, start_from
+from xgblora.cli import main
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -102,6 +103,17 @@ def train(
     trainer = Trainer(model, config, adapters, rows, examples(32, seed=1), packed=packed, ledger=ledger)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def train_by_command(folder: Path, model: Path, flags: str, task: str = "") -> dict[str, Any]:
+    """``xgblora train`` into ``folder / "run"``, perhaps of a task file with the text ``task``; returns the metrics."""
+    if task:
+        (folder / "mine.yaml").write_text(task, encoding="utf-8")
+        flags += f" --task_file {folder / 'mine.yaml'}"
+    command = f"train --model_name {model} --use_cpu true --disable_tqdm true --output_dir {folder / 'run'} {flags}"
+    assert main(command.split()) == 0
+    metrics: dict[str, Any] = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ARCHITECTURES, build, byte_tokenizer
+from conftest import ARCHITECTURES, build, byte_tokenizer, train_by_command
 from xgblora import XgbloraError, encode, load_task, predict
 from xgblora.cli import main
 from xgblora.models import load_tokenizer
@@ -142,25 +142,13 @@ def test_an_assistant_is_trained(how: str, tmp_path: Path, capsys: pytest.Captur
     ]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
-    command = f"train --model_name {tmp_path / 'model'} --num_train 32 --num_eval 8 --use_cpu true"
+    flags = "--num_train 32 --num_eval 8"
     if how == "boost":
-        command += " --recipe boost --boost_boosters 1"
+        flags += " --recipe boost --boost_boosters 1"
     else:
-        command += (
-            f" --trainer {how} --lora --lora_r 8 --max_steps {100 if how == 'regular' else 2} --optim adamw_torch"
-        )
-        command += " --learning_rate 1e-2 --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
-    flags = [
-        "--task_file",
-        str(tmp_path / "mine.yaml"),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--disable_tqdm",
-        "true",
-    ]
-    assert main([*command.split(), *flags]) == 0
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+        flags += f" --trainer {how} --lora --lora_r 8 --max_steps {100 if how == 'regular' else 2} --optim adamw_torch"
+        flags += " --learning_rate 1e-2 --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    metrics = train_by_command(tmp_path, tmp_path / "model", flags, MINE)
     assert metrics["zero_shot_score"] == 0
     assert (metrics["accuracy"], metrics["score"]) == ((1, 1) if how == "regular" else (0, 0))
     capsys.readouterr()

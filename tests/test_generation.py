@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from conftest import ARCHITECTURES, build, byte_tokenizer
+from conftest import ARCHITECTURES, build, byte_tokenizer, train_by_command
 from xgblora import Example, attach, encode, predict
-from xgblora.cli import main
 from xgblora.generation import Writer, exact_match_and_f1
 from xgblora.inference_layout import inference_layout
 from xgblora.tasks import Generation, Question, Task
@@ -85,24 +84,14 @@ def test_a_model_learns_to_write_an_answer(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"name": NAMES[number % 3]}) + "\n" for number in range(60))
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
     build(ARCHITECTURES["llama"]).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    command = f"train --model_name {tmp_path / 'model'} --trainer regular --lora --optim adamw_torch --use_cpu true"
-    command += (
-        " --learning_rate 1e-2 --max_steps 100 --num_train 40 --num_dev 10 --num_eval 9 --eval_steps 50 --lora_r 8"
+    flags = (
+        "--trainer regular --lora --optim adamw_torch --learning_rate 1e-2 --max_steps 100 --num_train 40 --num_dev 10"
     )
-    command += " --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
-    flags = [
-        "--task_file",
-        str(tmp_path / "mine.yaml"),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--disable_tqdm",
-        "true",
-    ]
-    assert main([*command.split(), *flags]) == 0
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    flags += " --num_eval 9 --eval_steps 50 --lora_r 8"
+    flags += " --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    metrics = train_by_command(tmp_path, tmp_path / "model", flags, MINE)
     assert metrics["zero_shot_score"] == 0
     assert (metrics["accuracy"], metrics["score"], metrics["dev_score"]) == (1, 1, 1)
     curve = [json.loads(line) for line in (tmp_path / "run" / "eval_loss.jsonl").read_text("utf-8").splitlines()]

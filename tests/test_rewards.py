@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import ARCHITECTURES, build, byte_tokenizer, examples
+from conftest import ARCHITECTURES, build, byte_tokenizer, examples, train_by_command
 from xgblora import Example, Reward, RunConfig, Trainer, XgbloraError, attach, evaluate, length_penalised, load_reward
 from xgblora.adapters import Adapters
 from xgblora.cli import main
@@ -28,6 +28,7 @@ from xgblora.zo import direction_generators, estimate_batch
 
 TOKENIZER = byte_tokenizer()
 ENDS = Generation(6, "\n")
+SIZES = "--num_train 32 --num_dev 8 --num_eval 12"
 
 
 def test_ready_rewards() -> None:
@@ -284,16 +285,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def learn(folder: Path, model: Path, flags: str, task: str = "") -> dict[str, Any]:
-    if task:
-        (folder / "mine.yaml").write_text(task, encoding="utf-8")
-        flags += f" --task_file {folder / 'mine.yaml'}"
-    command = f"train --model_name {model} --use_cpu true --disable_tqdm true --output_dir {folder / 'run'} {flags}"
-    assert main([*command.split(), "--num_train", "32", "--num_dev", "8", "--num_eval", "12"]) == 0
-    metrics: dict[str, Any] = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -307,8 +298,10 @@ def test_training_raises_a_reward_of_options(
     own: str, flags: str, tmp_path: Path, model_folder: Path, data_folder: Path
 ) -> None:
     """From the command line: a reward for one of the two answers, whatever is right."""
-    metrics = learn(
-        tmp_path, model_folder, f"{flags} --lora_r 1 --task_name SST2 --data_dir {data_folder} --reward {own}:great"
+    metrics = train_by_command(
+        tmp_path,
+        model_folder,
+        f"{flags} {SIZES} --lora_r 1 --task_name SST2 --data_dir {data_folder} --reward {own}:great",
     )
     assert metrics["reward"] == 1
     assert metrics["dev_reward"] == 1
@@ -339,7 +332,7 @@ def test_training_raises_a_reward_of_written_answers(own: str, flags: str, tmp_p
     rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 14)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     flags += " --per_device_train_batch_size 16 --lora_target_modules q_proj v_proj fc1 fc2"
-    metrics = learn(tmp_path, model_folder, f"{flags} --reward {own}:letter", WRITTEN)
+    metrics = train_by_command(tmp_path, model_folder, f"{flags} {SIZES} --reward {own}:letter", WRITTEN)
     assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
     assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
 
@@ -386,7 +379,7 @@ def test_the_documented_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (":great", "neither one of"),
         ("OWN:", "neither one of"),
         ("OWN:none", "has no none"),
-        ("OWN:ANSWERS", "ANSWERS is no function, but int"),
+        ("OWN:ANSWERS", "means no function by ANSWERS, but int"),
         ("OWN_broken:great", "cannot import rewards_of_"),
         ("no_such_module:great", "cannot import no_such_module: ModuleNotFoundError"),
         ("OWN:bad", "the reward fails for the completion"),

@@ -76,13 +76,12 @@ def _imported(name: str) -> RewardFunction:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function)
-    except AttributeError as error:
-        raise XgbloraError(f"--reward {name}: the module {module} has no {function}") from error
+        found = vars(importlib.import_module(module)).get(function)
     except Exception as error:  # whatever somebody's module raises when it is imported
         raise XgbloraError(f"--reward {name}: cannot import {module}: {_said(error)}") from error
     if not callable(found):
-        raise XgbloraError(f"--reward {name}: {function} is no function, but {type(found).__name__}")
+        what = f"has no {function}" if found is None else f"means no function by {function}, but {type(found).__name__}"
+        raise XgbloraError(f"--reward {name}: the module {module} {what}")
     return found  # type: ignore[no-any-return]
 
 
