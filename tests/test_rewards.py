@@ -291,7 +291,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --max_steps 40 --eval_steps 20",
         "--trainer zo --reward_completions expected --zo_directions shared --optim adamw_torch --learning_rate 0.02"
         " --zo_eps 0.05 --max_steps 40 --eval_steps 20",
-        "--trainer regular --optim adamw_torch --learning_rate 0.02 --max_steps 20 --eval_steps 20",
+        "--trainer regular --optim adamw_torch --learning_rate 0.02 --max_steps 20 --eval_steps 20 --save_steps 20"
+        " --load_best_model_at_end --metric_for_best_model reward",
     ],
 )
 def test_training_raises_a_reward_of_options(
