@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from conftest import ARCHITECTURES, build, byte_tokenizer, examples, train_by_command
 from xgblora import Example, Reward, RunConfig, Trainer, XgbloraError, attach, evaluate, length_penalised, load_reward
-from xgblora.adapters import Adapters
 from xgblora.cli import main
 from xgblora.config import notes
 from xgblora.generation import Writer
@@ -256,8 +255,6 @@ def test_the_reward_of_an_evaluation_is_its_accuracy() -> None:
 
 
 REWARDS = """
-from xgblora import Example
-
 ANSWERS = 3
 
 def great(prompt, completion, example):
@@ -433,7 +430,7 @@ def test_flags_of_rewards_say_when_they_do_nothing() -> None:
 
 def test_a_trainer_wants_the_reward_itself(tmp_path: Path) -> None:
     model = build(ARCHITECTURES["opt"])
-    adapters: Adapters = attach(model, 1, 16)
+    adapters = attach(model, 1, 16)
     config = RunConfig(output_dir=str(tmp_path), reward="accuracy", use_cpu=True)
     with pytest.raises(XgbloraError, match=r"needs an xgblora\.Reward"):
         Trainer(model, config, adapters, examples(8))
