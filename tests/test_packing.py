@@ -1,5 +1,7 @@
 """Packed batches: the same numbers as one sequence at a time, whatever the architecture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from transformers import BloomConfig, Gemma2Config, GPTNeoConfig, MambaConfig, P
 from conftest import ARCHITECTURES, LogLines, build, examples
 from xgblora import Example, objectives
 from xgblora.objectives import classification_loss, language_model_loss, option_scores
-from xgblora.packing import FILLING, build_batch, choose_route
+from xgblora.packing import FILLING, SHARED, build_batch, choose_route, shared_beginning
 
 ROWS = [
     Example([3, 50, 60, 70, 80], [[5], [9]], 0),
@@ -193,3 +195,39 @@ def test_filler_changes_no_score_and_leaves_few_token_counts() -> None:
 def test_padded_rows_need_no_filler() -> None:
     batch = build_batch(ROWS, packed=False)
     assert batch.filled() is batch
+
+
+BEGINNING = list(range(20, 20 + SHARED + 8))
+UNEQUAL = [
+    Example([*BEGINNING[: SHARED + 8 * (number > 0)], *e.prompt], e.options, e.label) for number, e in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize("options", ["forked", "single"])
+@pytest.mark.parametrize("once", [False, True])
+def test_a_beginning_that_all_prompts_share_is_computed_once(
+    architecture: PreTrainedConfig, options: str, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scores as one option a call, on a CPU and as on a GPU."""
+    from xgblora import packing
+
+    model = build(architecture)
+    rows = [replace(row, options=[[5], [9]], label=0) for row in UNEQUAL] if options == "single" else UNEQUAL
+    each = packing._groups
+    monkeypatch.setattr(packing, "_groups", lambda batch, together: each(batch, once))
+    batch = build_batch(rows, share=True)
+    assert batch.shared == SHARED  # what the shortest prompt has of it
+    assert batch.tokens == sum(row.tokens for row in rows) - 2 * SHARED
+    with torch.no_grad():
+        found = option_scores(model, batch.filled(), normalised=True)
+    for row, scores in zip(rows, found, strict=True):
+        wanted = plain_scores(model, row)
+        torch.testing.assert_close(scores[: len(wanted)], torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_shared_must_be_worth_it_and_leave_each_prompt_a_token() -> None:
+    one = Example(BEGINNING, [[5], [9]], 0)
+    assert shared_beginning([one, one]) == len(BEGINNING) - 1
+    assert shared_beginning([one]) == 0
+    assert shared_beginning([one, Example([*BEGINNING[: SHARED - 1], 3, 4], [[5], [9]], 0)]) == 0
+    assert build_batch([one, one]).shared == build_batch([one, one], packed=False, share=True).shared == 0

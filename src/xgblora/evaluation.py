@@ -20,7 +20,7 @@ from xgblora.inference_layout import inference_layout
 from xgblora.lower_layers import LowerLayers
 from xgblora.models import context_length
 from xgblora.objectives import option_scores, score_losses
-from xgblora.packing import Example, build_batch, choose_route, split_by_tokens
+from xgblora.packing import Example, build_batch, choose_route, shared_beginning, split_by_tokens
 from xgblora.tasks import Chat, Metric, Task, encode
 
 
@@ -106,7 +106,7 @@ def _evaluate(
     ):
         for chosen in _by_tokens(examples, batch_size):
             rows = [replace(examples[i], score_prompt=False) for i in chosen]
-            plain = build_batch(rows, packed).to(device)
+            plain = build_batch(rows, packed, share=lower_layers is None).to(device)
             batch = plain.filled()
             for number, stage in enumerate(stages):
                 with stage(), lower_layers.shared(plain, batch) if lower_layers else nullcontext():
@@ -157,10 +157,14 @@ def _null(example: Example) -> Hashable:
 
 
 def _by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of examples, shortest first, in batches of at most ``batch_size`` times the mean token count."""
-    room = batch_size * sum(e.tokens for e in examples) / len(examples)
+    """Numbers of examples, shortest first, in batches of at most ``batch_size`` times the mean token count.
+
+    What all prompts begin with is not counted.
+    """
+    shared = shared_beginning(examples)
+    room = batch_size * (sum(e.tokens for e in examples) / len(examples) - shared)
     order = iter(sorted(range(len(examples)), key=lambda number: examples[number].tokens))
-    for group in split_by_tokens(sorted(examples, key=lambda e: e.tokens), room):
+    for group in split_by_tokens(sorted(examples, key=lambda e: e.tokens), room, shared):
         yield list(islice(order, len(group)))
 
 

@@ -28,6 +28,9 @@ _ATTENTION = "xgblora_packed"
 FILLING = 16
 """Packed rows of n to 2 n tokens, n a power of two, have one of this many token counts."""
 
+SHARED = 32
+"""Tokens that all prompts of a batch must begin with before they are worth computing once."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -95,6 +98,8 @@ class Batch:
     """Some option has tokens of its own in the batch, so attention needs the tree mask."""
     single_token: bool
     """Every option is one token: scores may leave out the log-softmax, whose constant cancels between options."""
+    shared: int = 0
+    """Tokens that all prompts begin with: they stand once, as the first row of the grid, and every row sees them."""
 
     @property
     def tokens(self) -> int:
@@ -155,21 +160,38 @@ class Batch:
         )
 
 
-def split_by_tokens(examples: Sequence[Example], room: float) -> Iterator[list[Example]]:
-    """Consecutive examples in groups of at most ``room`` tokens; a longer example is a group of its own."""
+def split_by_tokens(examples: Sequence[Example], room: float, shared: int = 0) -> Iterator[list[Example]]:
+    """Consecutive examples in groups of at most ``room`` tokens; a longer example is a group of its own.
+
+    ``shared`` tokens of each are not counted.
+    """
     group: list[Example] = []
     used = 0
     for example in examples:
-        if group and used + example.tokens > room:
+        if group and used + example.tokens - shared > room:
             yield group
             group, used = [], 0
         group.append(example)
-        used += example.tokens
+        used += example.tokens - shared
     yield group
 
 
-def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
-    """Lay examples out as a :class:`Batch`; ``packed`` as :func:`choose_route` found."""
+def shared_beginning(examples: Sequence[Example]) -> int:
+    """How many tokens all prompts begin with, each keeping one of its own; 0 where that is not worth a row."""
+    prompts = [list(example.prompt) for example in examples]
+    first, last = min(prompts), max(prompts)  # what these two share, all between them in order share, too
+    common = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    common = min(common, min(map(len, prompts)) - 1)
+    return common if common >= SHARED and len(prompts) > 1 else 0
+
+
+def build_batch(examples: Sequence[Example], packed: bool = True, share: bool = False) -> Batch:
+    """Lay examples out as a :class:`Batch`; ``packed`` as :func:`choose_route` found.
+
+    ``share``: compute what all prompts of a packed batch begin with (demonstrations, say) once. Not under probes,
+    which differ between examples, nor where a prompt's own tokens are scored.
+    """
+    shared = shared_beginning(examples) if share and packed else 0
     rows: list[list[int]] = []  # token ids of each row of the grid
     positions: list[list[int]] = []
     branches: list[list[int]] = []
@@ -182,12 +204,15 @@ def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
     max_options = max(len(e.options) for e in examples)
 
     def new_row(segment: int, prompt: Sequence[int]) -> int:
-        rows.append(list(prompt))
-        positions.append(list(range(len(prompt))))
-        branches.append([0] * len(prompt))
+        start = shared if rows else 0  # the shared beginning is a row of its own, the first one
+        rows.append(list(prompt[start:]))
+        positions.append(list(range(start, len(prompt))))
+        branches.append([0] * (len(prompt) - start))
         row_segment.append(segment)
         return len(rows) - 1
 
+    if shared:
+        new_row(0, examples[0].prompt[:shared])
     for segment, example in enumerate(examples):
         prompt = len(example.prompt)
         row = -1
@@ -201,7 +226,7 @@ def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
             rows[row] += option[:-1]
             positions[row] += range(prompt, prompt + len(option) - 1)
             branches[row] += [place + 1] * (len(option) - 1)
-            columns = [prompt - 1, *range(start, start + len(option) - 1)]
+            columns = [prompt - shared - 1, *range(start, start + len(option) - 1)]
             wanted = list(option)
             if example.score_prompt:
                 columns = [*range(prompt - 1), *columns]
@@ -252,6 +277,7 @@ def build_batch(examples: Sequence[Example], packed: bool = True) -> Batch:
         forked=any(len(o) > 1 for e in examples for o in e.options),
         single_token=all(len(o) == 1 for e in examples for o in e.options)
         and not any(e.score_prompt for e in examples),
+        shared=shared,
     )
 
 
@@ -266,38 +292,50 @@ class _Group:
     slot: Tensor
     """(tokens,) places of several rows' tokens in the flattened (rows, longest) rectangle."""
     tree: Tensor | None
-    """(rows, longest, longest) True where a query may look, None for plain causal segments."""
+    """(rows, longest, shared + longest) True where a query may look, None for plain causal segments."""
     distance: Tensor | None
-    """(rows, longest, longest) how many positions a key lies back; for sliding windows in trees."""
+    """(rows, longest, shared + longest) how many positions a key lies back; for sliding windows in trees."""
+    shared: int = 0
+    """Tokens at the beginning of the packed row that the rows see in front of their own."""
 
 
 def _groups(batch: Batch, together: bool) -> list[_Group]:
-    """A call for each row, which copies and pads nothing, or all rows ``together``, for GPUs, where calls cost more."""
-    none = (None, None)
-    if together:
-        tree = _tree(batch, slice(None), batch.slot, batch.rows, batch.longest) if batch.forked else none
-        return [_Group(0, batch.rows, batch.longest, batch.slot, *tree)]
+    """A call for each row, which copies and pads nothing, or all rows ``together``, for GPUs, where calls cost more.
+
+    A shared beginning is a call of its own.
+    """
     found, start = [], 0
-    for length in torch.bincount(batch.slot // batch.longest, minlength=batch.rows).tolist():
-        row = slice(start, start + length)
-        slot = batch.slot[row] - batch.slot[start]
-        found.append(_Group(start, 1, length, slot, *(_tree(batch, row, slot, 1, length) if batch.forked else none)))
-        start += length
+    lengths = torch.bincount(batch.slot // batch.longest, minlength=batch.rows).tolist()
+    if batch.shared:
+        found.append(_Group(0, 1, batch.shared, batch.slot[: batch.shared], None, None))
+        start = lengths.pop(0)
+    calls = [(len(lengths), batch.longest, sum(lengths))] if together else [(1, length, length) for length in lengths]
+    for rows, longest, count in calls:
+        tokens = slice(start, start + count)
+        slot = batch.slot[tokens] - batch.slot[start]
+        masked = batch.forked or batch.shared
+        tree, distance = _tree(batch, tokens, slot, rows, longest) if masked else (None, None)
+        found.append(_Group(start, rows, longest, slot, tree, distance, batch.shared))
+        start += count
     return found
 
 
 def _tree(batch: Batch, tokens: slice, slot: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Who may look where, and how far back that is: both (rows, longest, longest)."""
+    """Who may look where, and how far back that is: both (rows, longest, shared + longest)."""
 
     def grid(values: Tensor) -> Tensor:
         return values.new_full((rows * longest,), -1).index_copy_(0, slot, values[tokens]).view(rows, longest)
 
+    def keys(own: Tensor, values: Tensor) -> Tensor:
+        return torch.cat([values[: batch.shared].expand(rows, -1), own], dim=1)[:, None, :]
+
     branch, position = grid(batch.branch), grid(batch.position_ids[0])
-    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    distance = position[:, :, None] - position[:, None, :]
+    key_branch = keys(branch, batch.branch)
+    same = (key_branch == 0) | (key_branch == branch[:, :, None])
+    distance = position[:, :, None] - keys(position, batch.position_ids[0])
     # A padding position may look at itself alone: a row of nothing but False would give NaN.
-    itself = torch.eye(longest, dtype=torch.bool, device=branch.device)
-    return (same & (distance >= 0) & (branch[:, None, :] >= 0)) | itself, distance
+    itself = F.pad(torch.eye(longest, dtype=torch.bool, device=branch.device), (batch.shared, 0))
+    return (same & (distance >= 0) & (key_branch >= 0)) | itself, distance
 
 
 def _packed_attention(
@@ -331,6 +369,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         q, k, v = (x[:, :, group.start : stop] for x in (query, key, value))
         if group.rows > 1:
             q, k, v = (_rectangle(x, group) for x in (q, k, v))
+        if group.shared:
+            k, v = (
+                torch.cat([x[:, :, : group.shared].expand(group.rows, -1, -1, -1), own], dim=2)
+                for x, own in ((key, k), (value, v))
+            )
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != key.shape[1]
         ).transpose(1, 2)
@@ -359,7 +402,7 @@ def _rectangle(x: Tensor, group: _Group) -> Tensor:
 def _mask(group: _Group, window: int | None) -> Tensor | None:
     """Boolean mask of a group, broadcast over heads; None where plain causal attention is meant."""
     mask = group.tree
-    if window is not None and group.longest > window:
+    if window is not None and group.shared + group.longest > window:
         distance = group.distance
         if distance is None:
             steps = torch.arange(group.longest, device=group.slot.device)
