@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench      (Windows: the README gives the PowerShell lines)
+# make install | demo | test | lint | soak | bench      (Windows: the README gives the PowerShell lines)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -22,9 +22,12 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+soak: install  # longer proofs: fifty runs killed again and again, ten thousand odd inputs
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m soak
+
 bench: install  # half an hour; docs/performance.md says what it shows
 	for question in step_time evaluation layer_window scaling precision; do \
 		$(BIN)/python benchmarks/$$question.py || exit 1; \
 	done
 
-.PHONY: install demo lint test bench
+.PHONY: install demo lint test soak bench

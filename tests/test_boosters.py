@@ -172,10 +172,14 @@ def damage(folder: Path, file: str, how: str) -> None:
 @pytest.mark.parametrize(
     ("file", "how", "message"),
     [
-        ("adapter_model.safetensors", "missing", "holds no adapters: adapter_model.safetensors is missing"),
+        (
+            "adapter_model.safetensors",
+            "missing",
+            "holds no adapters of xgblora's: adapter_model.safetensors is missing",
+        ),
         ("adapter_model.safetensors", "cut", "adapter_model.safetensors is damaged"),
         ("adapter_model.safetensors", "garbage", "adapter_model.safetensors is damaged"),
-        ("ledger.json", "missing", "holds no adapters: ledger.json is missing"),
+        ("ledger.json", "missing", "holds no adapters of xgblora's: ledger.json is missing"),
         ("ledger.json", "cut", "ledger.json is damaged"),
         ("ledger.json", "keyless", "ledger.json is damaged"),
     ],
@@ -193,8 +197,8 @@ def test_damaged_files_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 2}, "holds rank 1 at scaling 16.0, the model rank 2 at scaling 8.0"),
-        ({"alpha": 8}, "holds rank 1 at scaling 16.0, the model rank 1 at scaling 8.0"),
+        ({"rank": 2}, "rank: 1 there, 2 here, scaling: 16.0 there, 8.0 here"),
+        ({"alpha": 8}, "scaling: 16.0 there, 8.0 here"),
         ({"target_modules": ["k_proj"]}, "has no adapter for .*k_proj"),
         ({"target_modules": ["q_proj"]}, "adapts .*v_proj.*, the model does not"),
     ],

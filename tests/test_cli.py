@@ -78,7 +78,8 @@ def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -
         assert curve == (xgblora / "training_loss.jsonl").read_bytes()
         lines = [json.loads(line) for line in curve.splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 13))
-        assert set(lines[0]) == {"step", "loss", "epoch", "learning_rate"}
+        health = {"projected_gradient_mean", "projected_gradient_std", "zero_differences", "update_norm"}
+        assert set(lines[0]) == {"step", "loss", "epoch", "learning_rate"} | health
         for name in ("metrics.json", "config.json", "eval_loss.jsonl", "trainer_state.json", "adapter"):
             assert (xgblora / name).exists(), name
     metrics = json.loads((root / "xgblora_seed0" / "metrics.json").read_text(encoding="utf-8"))

@@ -158,7 +158,7 @@ def test_language_model_losses_work_too() -> None:
 
 def test_a_resumed_run_chooses_the_same_layers_and_losses(tmp_path: Path) -> None:
     flags = {"xgblora": True, "xgblora_steps_per_iteration": 6, "max_steps": 20, "layers": LayerSubset(2)}
-    flags |= {"save_strategy": "steps", "save_steps": 8, "save_total_limit": 9, "activation_cache_gb": 0}
+    flags |= {"save_strategy": "steps", "save_steps": 8, "save_total_limit": 9}
     config = ARCHITECTURES["llama"].__class__(**ARCHITECTURES["llama"].to_dict() | {"num_hidden_layers": 8})
     whole, losses = train(tmp_path / "whole", build(config), **flags)
     checkpoint = str(tmp_path / "whole" / "checkpoint-8")

@@ -410,7 +410,7 @@ def _start(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("started", [False, True])
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, started: bool) -> None:
     """Its teacher is fitted again: to the model before the run's first booster, be that a bare one or not."""
-    flags = BOOST | {"boost_boosters": 4, "boost_examples": 48, "activation_cache_gb": 0}
+    flags = BOOST | {"boost_boosters": 4, "boost_examples": 48}
     flags |= {"save_strategy": "steps", "save_total_limit": 9}
     flags |= _start(tmp_path) if started else {}
     whole, losses = train(tmp_path / "whole", **flags)

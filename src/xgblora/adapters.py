@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from xgblora.compilation import Opaque
 from xgblora.config import warn_rank
 from xgblora.errors import XgbloraError
-from xgblora.models import decoder_layers
+from xgblora.models import decoder_layers, fingerprint
 from xgblora.randomness import generator
 
 logger = logging.getLogger(__name__)
@@ -173,9 +173,12 @@ class Adapters:
         layers: dict[str, AdaptedLinear],
         peft_config: LoraConfig,
         seed: int,
+        base: dict[str, Any],
         subset: LayerSubset | None = None,
     ) -> None:
         self.model = model
+        self.base = base
+        """Fingerprint of the model as it was without adapters."""
         self.layers = layers
         self.peft_config = peft_config
         self.seed = seed
@@ -369,11 +372,12 @@ def attach(
     logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", rank, alpha, xgblora)
     adapted = {}
     device = next(model.parameters()).device
+    base = fingerprint(model)
     for name, module in matches.items():
         adapted[name] = AdaptedLinear(module, rank, alpha / rank, device)
         model.set_submodule(name, adapted[name])
     try:
-        adapters = Adapters(model, adapted, peft_config, seed, layers)
+        adapters = Adapters(model, adapted, peft_config, seed, base, layers)
     except XgbloraError:
         for name, module in matches.items():
             model.set_submodule(name, module)

@@ -5,7 +5,7 @@ ledger is stored: ``adapter_model.safetensors`` and ``adapter_config.json`` as P
 ``ledger.json`` with what PEFT does not know (where each booster came from, the merge schedule's state).
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from xgblora.adapters import Adapters, attach
 from xgblora.errors import XgbloraError
-from xgblora.files import write_atomically, write_json
+from xgblora.files import MANIFEST, read_json, sealed_folder, verify, write_json
 from xgblora.schedule import PatienceState
 
 WEIGHTS = "adapter_model.safetensors"
@@ -76,10 +76,12 @@ class Ledger:
         """Examples in them: what methods with batches of different size are compared by."""
         self.forward_tokens = 0
         """Real tokens in them."""
+        self.task: str | None = None
+        """Name of the task that it is trained on, where that is known."""
         self.step_length = 1.0
         """Recipe boost: the last booster's step, where the search for the next one's begins."""
 
-    def merge(self, step: int, place: str, loss: float, schedule: str = "", reason: str = "") -> Booster:
+    def merge(self, step: int, place: str, loss: float | None, schedule: str = "", reason: str = "") -> Booster:
         """Freeze the pair in training as the next booster and start a new one. The model's function stays."""
         self.adapters.freeze_pair()
         booster = Booster(step, place, loss, *self._norms(len(self.boosters)), schedule, reason)
@@ -151,10 +153,28 @@ class Ledger:
         self.adapters.choose_layers(len(self.boosters))
         self.best_pair = self.evaluation = None
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What its files belong to: base model, adapted layers, rank, scaling, task."""
+        targets = self.adapters.peft_config.target_modules
+        return {
+            **{f"base {name}": value for name, value in self.adapters.base.items()},
+            "targets": targets if isinstance(targets, str) else sorted(targets or ()),
+            "rank": self.adapters.rank,
+            "scaling": self.adapters.scaling,
+            "task": self.task,
+        }
+
     def save(self, folder: str | Path) -> None:
-        """Write the ledger; :class:`peft.PeftModel` loads the folder as it is."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the ledger, sealed; :class:`peft.PeftModel` loads the folder as it is.
+
+        Takes the place of an adapter that is there. Raises :class:`XgbloraError` where the folder holds other files.
+        """
+        with sealed_folder(Path(folder), self.fingerprint) as work:
+            self.write(work)
+
+    def write(self, folder: Path) -> None:
+        """Write the ledger's own files into a folder that exists."""
         rank = self.adapters.boosters + self.adapters.rank
         tensors = {}
         for name, layer in self.adapters.layers.items():
@@ -182,24 +202,22 @@ class Ledger:
             "forward_sequences": self.forward_sequences,
             "forward_tokens": self.forward_tokens,
         }
-        if self.best_pair is None:
-            (folder / BEST_PAIR).unlink(missing_ok=True)
-        else:
-            best = {name: tensor.cpu() for name, tensor in self.best_pair.items()}
-            write_atomically(folder / BEST_PAIR, lambda work: save_file(best, work))
+        if self.best_pair is not None:
+            save_file({name: tensor.cpu() for name, tensor in self.best_pair.items()}, folder / BEST_PAIR)
         write_json(folder / LEDGER, about)
-        write_atomically(folder / WEIGHTS, lambda work: save_file(tensors, work, metadata={"format": "pt"}))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Read what :meth:`save` wrote into the adapters. Raises :class:`XgbloraError` for another or a broken one."""
+        """Read what :meth:`save` wrote into the adapters.
+
+        Raises :class:`XgbloraError` where a file is missing or damaged, or belongs to another base model, to other
+        layers, rank, scaling or task.
+        """
         folder = Path(folder)
-        about, tensors = _read(folder)
-        if about["rank"] != self.adapters.rank or about["scaling"] != self.adapters.scaling:
-            raise XgbloraError(
-                f"{folder} holds rank {about['rank']} at scaling {about['scaling']}, "
-                f"the model rank {self.adapters.rank} at scaling {self.adapters.scaling}: attach with the same values"
-            )
+        about, tensors, theirs = _read(folder)
+        if different := _differences(theirs, self.fingerprint):
+            raise XgbloraError(f"{folder} was trained otherwise ({different}): load it with the same settings")
         boosters = [Booster(**booster) for booster in about["boosters"]]
         count = len(boosters)
         for name, layer in self.adapters.layers.items():
@@ -269,7 +287,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path) -> Ledger:
 
     Raises :class:`XgbloraError` where the folder is damaged or belongs to another base model.
     """
-    about, _ = _read(Path(folder))
+    about, _, _ = _read(Path(folder))
     targets = LoraConfig.from_pretrained(str(folder)).target_modules
     names = targets if isinstance(targets, str) else sorted(targets)
     ledger = Ledger(attach(model, about["rank"], about["scaling"] * about["rank"], names))
@@ -281,18 +299,33 @@ def load_adapters(model: PreTrainedModel, folder: str | Path) -> Ledger:
     return ledger
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    for file in (LEDGER, WEIGHTS):
-        if not (folder / file).is_file():
-            raise XgbloraError(f"{folder} holds no adapters: {file} is missing")
-    try:
-        about = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
-        missing = set(ENTRIES) - set(about)
-    except (ValueError, TypeError) as error:
-        raise XgbloraError(f"{folder / LEDGER} is damaged ({error}): take another checkpoint") from error
-    if missing:
-        raise XgbloraError(f"{folder / LEDGER} is damaged (no {', '.join(sorted(missing))}): take another checkpoint")
-    return about, _tensors(folder / WEIGHTS)
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """Content of the ledger's file, the pairs, and the fingerprint of what they were trained on."""
+    for name in (MANIFEST, LEDGER, WEIGHTS):
+        if not (folder / name).is_file():
+            raise XgbloraError(f"{folder} holds no adapters of xgblora's: {name} is missing")
+    fingerprint = verify(folder)
+    about = read_json(folder / LEDGER)
+    if missing := set(ENTRIES) - set(about):
+        raise XgbloraError(f"{folder / LEDGER} is of another version (no {', '.join(sorted(missing))})")
+    return about, _tensors(folder / WEIGHTS), fingerprint
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """In which entries two fingerprints differ; "" where both can belong together.
+
+    Weights are compared where both bases have one precision, tasks where both are known.
+    """
+    names = set(ours) - {"targets"}  # several spellings mean the same layers, which are compared one by one
+    if theirs.get("base dtype") != ours["base dtype"]:
+        names -= {"base dtype", "base weights"}
+    if theirs.get("task") is None or ours["task"] is None:
+        names -= {"task"}
+    return ", ".join(
+        f"{name}: {theirs.get(name)} there, {ours[name]} here"
+        for name in sorted(names)
+        if theirs.get(name) != ours[name]
+    )
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:

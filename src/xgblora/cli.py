@@ -21,6 +21,7 @@ from xgblora.demo import DemoConfig, demo
 from xgblora.errors import XgbloraError
 from xgblora.experiment import ExperimentConfig, Result, experiment
 from xgblora.export import ExportConfig, export
+from xgblora.interruption import Interrupted
 from xgblora.preview import PreviewConfig, rows_table, task_table
 from xgblora.report import read_curves, results_table
 from xgblora.run import run
@@ -57,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:  # a full disk, a read-only folder
         return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except Interrupted as stop:
+        again = "the same command" + (" with --skip_completed" if verb in ("compare", "boost") else "")
+        print(f"{stop}; {again} goes on at the last checkpoint", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on at the last checkpoint", file=sys.stderr)
+        print("stopped by SIGINT", file=sys.stderr)
         return 130
 
 

@@ -39,6 +39,8 @@ REFUSED = {
     "bf16_full_eval": "use --load_bfloat16",
     "deepspeed": "training runs in one process",
     "fsdp": "training runs in one process",
+    "save_only_model": "a checkpoint is small: it holds all that going on needs",
+    "ignore_data_skip": "a resumed run goes on with the examples that come next",
     "logging_nan_inf_filter": "it hides a diverged loss; such a run is stopped",
 }
 """Flags of transformers that would silently do nothing, or harm, here."""
@@ -205,6 +207,11 @@ class RunConfig(TrainingArguments):
         default="per_example", help="A direction for every example of the batch, or one for all (MeZO)."
     )
 
+    max_bad_steps: int = HfArg(
+        default=1,
+        help="Stop at this many steps in a row with a loss or gradient that is not finite; none of them is applied.",
+    )
+
     # --- Speed ---
     torch_compile: bool = HfArg(
         default=False,
@@ -214,8 +221,7 @@ class RunConfig(TrainingArguments):
 
     activation_cache_gb: float = HfArg(
         default=1.0,
-        help="Memory for the activations of layers below the lowest one that trains; 0 = none (and a resumed run then "
-        "equals an uninterrupted one to the last bit, not to rounding).",
+        help="Memory for the activations of layers below the lowest one that trains; 0 = none.",
     )
 
     # --- Precision of the frozen base (adapters, losses and differences are always float32) ---
@@ -292,8 +298,8 @@ class RunConfig(TrainingArguments):
         compile_layers, self.torch_compile = self.torch_compile, False
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise XgbloraError(" ".join(str(error).split())) from error
+        except Exception as error:  # of many kinds: files that flags name, versions that they want
+            raise XgbloraError(" ".join(str(error).split()) or type(error).__name__) from error
         self.torch_compile = compile_layers
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; it would only warn
@@ -315,6 +321,7 @@ class RunConfig(TrainingArguments):
             "num_eval",
             "boost_boosters",
             "xgblora_patience",
+            "max_bad_steps",
         ):
             if getattr(self, flag) < 1:
                 refuse(flag, "at least 1")

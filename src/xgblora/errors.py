@@ -3,9 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1000
+"""Characters of a message at most: what a file holds may be quoted in it."""
+
 
 class XgbloraError(ValueError):
     """Wrong input: one line that says what was wrong, where, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")
 
 
 class DivergedError(XgbloraError):

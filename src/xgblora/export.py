@@ -1,11 +1,6 @@
 """What a run learned in the formats that other tools take: PEFT, a whole model, llama.cpp's adapter."""
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from xgblora.adapters import Adapters
 from xgblora.boosters import LEDGER, load_adapters
 from xgblora.errors import XgbloraError
-from xgblora.files import write_atomically
+from xgblora.files import read_json, sealed_folder, write_atomically
 from xgblora.models import load_model
 from xgblora.run import CONFIG
 
@@ -92,32 +87,19 @@ def export(run: Path, config: ExportConfig) -> Path:
                 f"cast to {config.dtype}, the weights would lose {lost:.0%} of the update: export --dtype float32 or "
                 "--format peft, or --force it"
             )
-        with _whole(output) as work:
+        with sealed_folder(output, ledger.fingerprint) as work:
             model.to(dtype).save_pretrained(work)
             tokenizer.save_pretrained(work)
     elif config.format == "gguf-lora":
         write_gguf(ledger.adapters, output)
     else:
-        with _whole(output) as work:
-            ledger.save(work)
+        ledger.save(output)
     return output
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when all is written and vanishes where something fails."""
-    work = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    work.mkdir(parents=True)
-    try:
-        yield work
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _base(run: Path, adapter: Path) -> str:
     if (run / CONFIG).is_file():
-        return str(json.loads((run / CONFIG).read_text(encoding="utf-8"))["model_name"])
+        return str(read_json(run / CONFIG)["model_name"])
     name = LoraConfig.from_pretrained(str(adapter)).base_model_name_or_path
     if not name:
         raise XgbloraError(f"{adapter} does not say which base model it belongs to: give --model_name")

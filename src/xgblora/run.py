@@ -1,11 +1,11 @@
 """One run from configuration to files: model, task, training, evaluation, metrics."""
 
 import dataclasses
-import json
 import logging
 import shutil
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from xgblora.boosters import Ledger, start_from
 from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate, score
-from xgblora.files import write_json
+from xgblora.files import PART, read_json, remove_parts, write_atomically, write_json
 from xgblora.generation import Writer
+from xgblora.interruption import LOCK, StopAtSignal, alone_in
 from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
@@ -111,11 +112,27 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
     """Carry out one run, or resume it, or return the metrics it already has; see :func:`prepare_folder`.
 
     ``workspace`` saves loading model and data again. Returns the content of ``metrics.json``.
+
+    In the main thread, Ctrl-C or SIGTERM lets the step in progress finish, saves a checkpoint and raises
+    :class:`~xgblora.interruption.Interrupted`; a second one raises it at once.
     """
     folder = Path(str(config.output_dir))
     if (finished := finished_metrics(config)) is not None:
         logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
         return finished
+    _refuse_other_files(config, folder)
+    stop = StopAtSignal()
+    with ExitStack() as held:
+        held.enter_context(stop.listening())
+        if folder.is_dir():  # another one is made once model and data are known to be there
+            held.enter_context(alone_in(folder))
+        return _run(config, workspace, folder, stop, held)
+
+
+def _run(
+    config: RunConfig, workspace: Workspace | None, folder: Path, stop: StopAtSignal, held: ExitStack
+) -> dict[str, Any]:
+    """``held``: holds the lock on the folder until the run is over."""
     workspace = workspace or Workspace(config)
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
     set_seed(config.seed)
@@ -133,7 +150,7 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
         },
     }
     if config.trainer == "none":
-        prepare_folder(config)
+        prepare_folder(config, held)
         final, dev = workspace.in_context(config) if config.train_rows else workspace.zero_shot(config)
         work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0}
         work |= {"forward_sequences": 0, "forward_tokens": 0}
@@ -144,10 +161,10 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]
             if config.init_adapter:
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
-            prepare_folder(config)
+            prepare_folder(config, held)
             with adapters.first(0):
                 workspace.zero_shot(config)
-            work = _train(config, workspace, ledger, folder)
+            work = _train(config, workspace, ledger, folder, stop)
             final, dev = workspace.scores(config, "trained")
         finally:
             adapters.detach()
@@ -210,7 +227,7 @@ def _attach(config: RunConfig, model: PreTrainedModel) -> Adapters:
     return adapters
 
 
-def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path) -> dict[str, Any]:
+def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path, stop: StopAtSignal) -> dict[str, Any]:
     trainer = Trainer(
         model=workspace.model,
         args=config,
@@ -224,6 +241,7 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path
     )
     recorder = CurveRecorder(folder, ledger)
     trainer.add_callback(recorder)
+    trainer.add_callback(stop)
     checkpoint = config.resume_from_checkpoint or last_checkpoint(folder)
     if checkpoint is not None:
         logger.info("Resuming from %s", checkpoint)
@@ -231,7 +249,7 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = memory.read()
     ledger.save(folder / "adapter")
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    write_atomically(folder / "trainer_state.json", lambda file: trainer.state.save_to_json(str(file)))
     merges = [booster.step for booster in ledger.boosters if booster.step]  # 0: what the run started from
     return {
         "merges": len(merges),
@@ -242,7 +260,7 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, folder: Path
         "forward_sequences": ledger.forward_sequences,
         "forward_tokens": ledger.forward_tokens,
         "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
-        "training_seconds": sum(recorder.step_seconds),
+        "training_seconds": recorder.seconds,
         "peak_memory_mb": peak,
         "trainable_parameters": ledger.adapters.size,
     }
@@ -254,39 +272,48 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     if config.overwrite_output_dir or not (folder / METRICS).is_file():
         return None
     _refuse_other_run(config, folder)
-    metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    return metrics
+    try:
+        return read_json(folder / METRICS)
+    except XgbloraError as error:
+        raise XgbloraError(f"{error}: remove it to evaluate the run again") from error
 
 
-def prepare_folder(config: RunConfig) -> None:
-    """Make ``output_dir`` ready for this run and write its ``config.json``.
+def prepare_folder(config: RunConfig, held: ExitStack) -> None:
+    """Make ``output_dir`` ready for this run, hold its lock, and write its ``config.json``.
 
     A folder that holds an unfinished run of the same configuration is kept, to be resumed. Raises
     :class:`XgbloraError` where it holds a different run or foreign files, unless ``overwrite_output_dir``.
     """
     folder = Path(str(config.output_dir))
+    if not folder.is_dir():
+        _refuse_other_files(config, folder)
+        held.enter_context(alone_in(folder))
+    remove_parts(folder)
     if config.overwrite_output_dir:
         for name in (METRICS, CONFIG, TRAINING_LOSS, EVAL_LOSS, "trainer_state.json"):
             (folder / name).unlink(missing_ok=True)
         for old in [folder / "adapter", *folder.glob("checkpoint-*")]:
             shutil.rmtree(old, ignore_errors=True)
-    elif folder.exists():
-        _refuse_other_run(config, folder)
+    write_json(folder / CONFIG, config.resolved())
+
+
+def _refuse_other_files(config: RunConfig, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise XgbloraError(f"{folder} is a file: choose another --output_dir")
-    write_json(folder / CONFIG, config.resolved())
+    if not config.overwrite_output_dir:
+        _refuse_other_run(config, folder)
 
 
 def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     file = folder / CONFIG
     if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(each.name != LOCK and each.suffix != PART for each in folder.iterdir()):
             raise XgbloraError(f"{folder} holds files of something else: choose another --output_dir")
         return
     try:
-        there = identity(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise XgbloraError(f"{file} is damaged: use --overwrite_output_dir to start again") from error
+        there = identity(read_json(file))
+    except XgbloraError as error:
+        raise XgbloraError(f"{error}: use --overwrite_output_dir to start again") from error
     ours = config.identity()
     for field in dataclasses.fields(RunConfig):  # a run of a version that lacked a flag is one of its default
         if field.name in ours and field.default is not dataclasses.MISSING:

@@ -70,10 +70,13 @@ class Schedule:
             return None
         return (self.total_steps - 1) // self.every if self.every else 0
 
-    def observe(self, state: PatienceState, step: int, loss: float) -> tuple[PatienceState, str]:
-        """Take note of the loss of ``step`` (1, 2, ...); say why a merge follows it ("" where none does)."""
+    def observe(self, state: PatienceState, step: int, loss: float | None) -> tuple[PatienceState, str]:
+        """Take note of the loss of ``step`` (1, 2, ...); say why a merge follows it ("" where none does).
+
+        A step without a loss was not applied: patience does not count it.
+        """
         if self.patience is not None:
-            state, reason = self.patience.observe(state, loss)
+            state, reason = (state, "") if loss is None else self.patience.observe(state, loss)
         else:
             reason = self.describe() if self.every > 0 and step % self.every == 0 else ""
         reason = reason if step < self.total_steps else ""

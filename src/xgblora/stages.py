@@ -1,15 +1,13 @@
 """Staged evaluation of a finished run: accuracy and loss with its first 0, 1, ... boosters."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from xgblora.boosters import LEDGER, load_adapters
 from xgblora.config import RunConfig
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import evaluate_stages
-from xgblora.files import write_json
+from xgblora.files import read_json, write_json
 from xgblora.report import draw_stages
 from xgblora.run import CONFIG, Workspace
 
@@ -40,7 +38,7 @@ def stages(run: Path) -> tuple[list[Stage], list[Path]]:
     for file in (run / CONFIG, run / "adapter" / LEDGER):
         if not file.is_file():
             raise XgbloraError(f"{run} holds no finished run: {file} is missing")
-    settings: dict[str, Any] = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+    settings = read_json(run / CONFIG)
     config = RunConfig(output_dir=str(run), **{name: settings[name] for name in WORKSPACE})
     workspace = Workspace(config)
     adapters = load_adapters(workspace.model, run / "adapter").adapters

@@ -5,8 +5,9 @@ optimizer, its schedule, logging, checkpoints, callbacks and resuming are transf
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from xgblora.adapters import Adapters
 from xgblora.boosters import Ledger
@@ -28,7 +32,9 @@ from xgblora.compilation import compiled
 from xgblora.config import RunConfig
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.evaluation import evaluate
+from xgblora.files import sealed_folder, verify
 from xgblora.generation import Writer
+from xgblora.health import Health
 from xgblora.inference_layout import inference_layout, return_freed_memory
 from xgblora.lower_layers import LowerLayers
 from xgblora.objectives import Objective, classification_loss, language_model_loss
@@ -37,6 +43,7 @@ from xgblora.randomness import generator
 from xgblora.residual import Tail, Teacher, boost, teach
 from xgblora.rewards import Reward
 from xgblora.schedule import Schedule, resolve
+from xgblora.training_state import read_random_numbers, read_training_state, write_training_state
 from xgblora.zo import direction_generators, estimate_batch
 
 logger = logging.getLogger(__name__)
@@ -51,7 +58,8 @@ class Trainer(transformers.Trainer):
     ``args.train_as_classification = False``. ``ledger``: of the same adapters, with the boosters to start from.
     ``writer``: evaluates answers that the model writes.
     The model always runs in eval mode: with dropout, the two probes of a direction would see different noise.
-    Raises :class:`DivergedError` at a NaN or infinite loss, before the step is applied.
+    A step with a NaN or infinite loss or gradient is not applied; ``args.max_bad_steps`` of them in a row raise
+    :class:`DivergedError`. Checkpoints are folders that are whole or not there, with a SHA-256 of every file.
     """
 
     args: RunConfig
@@ -85,11 +93,17 @@ class Trainer(transformers.Trainer):
         self.adapters = adapters
         self.writer = writer
         self.ledger = ledger or Ledger(adapters)
+        self.ledger.task = args.task_name
         self.classification = args.train_as_classification is not False
         self.objective = objective or (classification_loss if self.classification else language_model_loss)
         self.reward = objective if isinstance(objective, Reward) else None
         self.step_loss = float("nan")
         """Mean loss of the step in progress, over its micro-batches."""
+        self.step_is_bad = False
+        """Whether a number of the step in progress is not finite, so that it is not applied."""
+        self.bad_steps = 0
+        """Such steps in a row."""
+        self.health = Health()
         self._micro_batch = 0
         self.searched: list[Example] = []
         """Recipe boost: the rows that find every booster's step length; none is ever fitted on them."""
@@ -120,7 +134,15 @@ class Trainer(transformers.Trainer):
         return bool(self.data_collator.packed)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train as transformers' Trainer does, with the frozen base laid out (and compiled) for forwards alone."""
+        """Train as transformers' Trainer does, with the frozen base laid out (and compiled) for forwards alone.
+
+        ``resume_from_checkpoint``: True takes the newest whole one. Raises :class:`XgbloraError` with the name of a
+        file that is missing from the checkpoint asked for, or damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))) or "") or None
+        elif resume_from_checkpoint:
+            verify(Path(resume_from_checkpoint))  # before anything in it is read
         with ExitStack() as fast:
             if self.args.trainer == "zo":
                 fast.enter_context(inference_layout(self.model))
@@ -132,12 +154,18 @@ class Trainer(transformers.Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Write ``.grad`` of the pairs for one micro-batch; return its mean loss (both probes of it, for zo)."""
-        args, step = self.args, self.state.global_step
         self.model.eval()
         batch = Batch(**inputs)
-        if self.tail is not None:
-            return self._fit_booster(batch, self.tail)
-        batch = batch.to(args.device)
+        with self._within_memory(batch):
+            if self.tail is not None:
+                return self._fit_booster(batch, self.tail)
+            return self._measure(batch.to(self.args.device))
+
+    def _measure(self, batch: Batch) -> Tensor:
+        """The gradient of one micro-batch, of a step that is not known to be bad yet."""
+        args, step = self.args, self.state.global_step
+        if self._micro_batch == 0:
+            self.step_is_bad, self.step_loss = False, 0.0
         share = 1 / self.current_gradient_accumulation_steps
         written = self.reward.tokens if self.reward else 0
         if args.trainer == "zo":
@@ -153,28 +181,34 @@ class Trainer(transformers.Trainer):
                 by_row=self._writes,
             )
             loss = found.loss
-            self._check(loss, found.gradient)
-            self.adapters.accumulate_gradient(found.gradient * share)
+            if self._sound(batch, loss, found.gradient):
+                self.adapters.accumulate_gradient(found.gradient * share)
+                self.health.measure(found.projected)
             if batch.input_ids.device.type == "cpu":
                 return_freed_memory()  # every batch leaves holes of other sizes, in all a tenth of the memory
             passes = 2 * len(draws)
         else:
             differentiable = self.objective(self.model, batch).mean() * share
             loss = differentiable.detach() / share
-            self._check(loss)
-            self.accelerator.backward(differentiable)
-            self.adapters.keep_chosen_gradients()
-            self._check(loss, *(p.grad for p in self.adapters.parameters()))
+            if self._sound(batch, loss):
+                self.accelerator.backward(differentiable)
+                self.adapters.keep_chosen_gradients()
+                self._sound(batch, loss, *(p.grad for p in self.adapters.parameters()))
             passes = 1
         self.ledger.forward_passes += passes
         self.ledger.forward_sequences += passes * batch.segments
         self.ledger.forward_tokens += (
             self.reward.tokens - written if self.reward and self._writes else passes * batch.tokens
         )
-        before = self.step_loss if self._micro_batch else 0.0
-        self.step_loss = before + loss.item() * share
+        self.step_loss += loss.item() * share
         self._micro_batch = (self._micro_batch + 1) % self.current_gradient_accumulation_steps
-        return loss * share
+        if self._micro_batch == 0:
+            self.bad_steps = self.bad_steps + 1 if self.step_is_bad else 0
+            if self.step_is_bad:
+                self.health.skipped += 1
+            else:
+                self.health.observe(self.step_loss)
+        return torch.zeros_like(loss) if self.step_is_bad else loss * share
 
     def _fit_booster(self, batch: Batch, tail: Tail) -> Tensor:
         """Recipe boost: the pair in training becomes the weak learner of this batch; returns the loss before it."""
@@ -202,7 +236,12 @@ class Trainer(transformers.Trainer):
         ledger.forward_tokens += found.tokens
         self.step_loss = found.loss
         loss = torch.tensor(found.loss)
-        self._check(loss)
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {found.loss} at booster {self.state.global_step + 1}, which was not kept: load the base "
+                "in float32 or bfloat16; the last checkpoint is kept"
+            )
+        self.health.observe(found.loss)
         return loss
 
     def _teach(self, tail: Tail) -> Teacher:
@@ -224,7 +263,7 @@ class Trainer(transformers.Trainer):
                 lower_layers=self.lower_layers,
             )
         if own:
-            if self.lower_layers is not None:
+            if self.lower_layers is not None and not self._lower_layers_stay:
                 self.lower_layers.clear()
             return teacher
         ledger.forward_passes += 1
@@ -242,14 +281,75 @@ class Trainer(transformers.Trainer):
         )
         return teacher
 
-    def _check(self, loss: Tensor, *gradients: Tensor | None) -> None:
+    @property
+    def _lower_layers_stay(self) -> bool:
+        """Whether no booster lies below the layers that train next, so that kept activations stay right."""
+        subset = self.adapters.subset
+        return subset is not None and subset.choice == "top"
+
+    def _sound(self, batch: Batch, loss: Tensor, *gradients: Tensor | None) -> bool:
+        """Whether the step's numbers are finite so far; if not, it is marked as bad, or the last one to be borne.
+
+        Raises :class:`DivergedError` there.
+        """
         finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
         if not torch.isfinite(loss) or not finite:
             what = "the gradient is not finite" if torch.isfinite(loss) else f"the loss is {loss.item()}"
-            raise DivergedError(
-                f"{what} at step {self.state.global_step + 1}, which was not applied: lower --learning_rate or "
-                "--zo_eps, or load the base in float32; the last checkpoint is kept"
+            place = f"{what} at step {self.state.global_step + 1}, which was not applied"
+            reason = self._reason(batch)
+            if self.bad_steps + 1 >= self.args.max_bad_steps:
+                raise DivergedError(f"{place}: {reason}; the last checkpoint is kept")
+            if not self.step_is_bad:
+                logger.warning("%s (%d in a row): %s", place, self.bad_steps + 1, reason)
+            self.step_is_bad = True
+        if self.step_is_bad:
+            for parameter in self.adapters.parameters():
+                parameter.grad = None  # torch's optimizers leave such parameters and their moments alone
+        return not self.step_is_bad
+
+    @torch.no_grad()
+    def _reason(self, batch: Batch) -> str:
+        """Whose numbers are not finite, and why: found by the same batch without probes, and without adapters."""
+        args = self.args
+
+        def spoiled() -> list[Example]:
+            finite = torch.isfinite(self.objective(self.model, batch)).tolist()
+            return [example for example, fine in zip(batch.examples, finite, strict=True) if not fine]
+
+        with self.adapters.first(0):
+            bare = spoiled()
+        if bare:
+            cure = "load the base in bfloat16 or float32" if args.load_float16 else "look at these examples"
+            return f"the base alone gives it for {self._names(bare)}: {cure}"
+        if grown := spoiled():
+            return f"the adapters have grown too far, seen at {self._names(grown)}: lower --learning_rate"
+        if args.trainer == "zo":
+            return (
+                f"only the probes of {self._names(batch.examples)} give it: lower --zo_eps (now {args.zo_eps:g}), or "
+                "load the base in float32"
             )
+        return f"the gradient of {self._names(batch.examples)} overflows: load the base in float32"
+
+    def _names(self, examples: Sequence[Example]) -> str:
+        """Numbers of examples in the sample they were drawn from, counted from 1."""
+        places = {id(example): number for number, example in enumerate(self.train_dataset, start=1)}
+        numbers = sorted(places[id(example)] for example in examples if id(example) in places)
+        shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        return f"training example(s) {shown}" if shown else f"{len(examples)} training example(s)"
+
+    @contextmanager
+    def _within_memory(self, batch: Batch) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                raise
+            flag = "--boost_examples" if self.tail is not None else "--per_device_train_batch_size"
+            raise XgbloraError(
+                f"out of memory at step {self.state.global_step + 1}, with {batch.segments} examples of "
+                f"{batch.tokens:,} tokens: lower {flag} or --max_length, or load the base in bfloat16; "
+                "the last checkpoint is kept"
+            ) from error
 
     def evaluate(
         self,
@@ -275,12 +375,52 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log means over exactly the steps since the last line, also where the run was resumed between two lines."""
+        if "loss" in logs:
+            del logs["loss"]
+            logs |= self.health.line()
+            self.health = Health()
+        super().log(logs, start_time)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapters alone, never the base."""
         self.ledger.save(output_dir or self.args.output_dir)
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As transformers' Trainer does, but whole or not at all, sealed, and in safetensors and JSON alone."""
+        state = self.state
+        root = Path(self._get_output_dir(trial))
+        folder = root / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.best_global_step:
+            best = root / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if best == folder or best.is_dir():
+                state.best_model_checkpoint = str(best)
+        if folder.exists():
+            shutil.rmtree(folder)  # one that was damaged, and is now made again
+        with sealed_folder(folder, self.ledger.fingerprint) as work:
+            self.ledger.write(work)
+            progress = {"health": self.health.state(), "bad_steps": self.bad_steps}
+            write_training_state(work, self.optimizer, self.lr_scheduler, progress)
+            for callback in (*self.callback_handler.callbacks, self.control):
+                if isinstance(callback, ExportableState):
+                    state.stateful_callbacks[type(callback).__name__] = callback.state()
+            state.save_to_json(str(work / TRAINER_STATE_NAME))
+        rotate_checkpoints(str(root), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        if self.lower_layers is not None and self.tail is None:
+            self.lower_layers.clear()  # a run that is resumed here has none, and other sums round otherwise
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.ledger.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            progress = read_training_state(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            self.health, self.bad_steps = Health(**progress["health"]), progress["bad_steps"]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            read_random_numbers(Path(checkpoint))
 
     def _load_best_model(self) -> None:
         self.ledger.load(self.state.best_model_checkpoint)
@@ -315,6 +455,7 @@ class _Boosting(TrainerCallback):
         self.trainer = trainer
         self.schedule = Schedule(total_steps=1)
         self.measured: dict[str, Tensor] | None = None
+        self.before: list[Tensor] = []
 
     def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         batches = len(kwargs["train_dataloader"])
@@ -328,17 +469,28 @@ class _Boosting(TrainerCallback):
                 "decided by the loss" if expected is None else expected,
             )
 
+    def on_pre_optimizer_step(
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.before = [parameter.detach().clone() for parameter in self.trainer.adapters.parameters()]
+
+    def on_optimizer_step(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.tail is None and not self.trainer.step_is_bad:
+            moved = [p.detach() - b for p, b in zip(self.trainer.adapters.parameters(), self.before, strict=True)]
+            self.trainer.health.moved(torch.cat([each.flatten() for each in moved]).norm().item())
+
     def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule.patience is not None:
             self.measured = self.trainer.ledger.copy_pair()  # what the step's loss is the loss of
 
     def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ledger, step, loss = self.trainer.ledger, state.global_step, self.trainer.step_loss
+        ledger, step, bad = self.trainer.ledger, state.global_step, self.trainer.step_is_bad
+        loss = None if bad else self.trainer.step_loss
         ledger.patience, reason = self.schedule.observe(ledger.patience, step, loss)
         if self.schedule.patience is not None:
             if reason:
                 ledger.roll_back()
-            elif ledger.patience.stale == 0:
+            elif ledger.patience.stale == 0 and not bad:
                 ledger.best_pair = self.measured
         if not reason:
             if args.early_stopping_boosters and step == state.max_steps:
@@ -348,8 +500,7 @@ class _Boosting(TrainerCallback):
         place = self.schedule.place(step)
         logger.info("XGBLoRA: Merging and reinitializing at %s", place)
         ledger.merge(step, place, loss, self.schedule.describe(), reason)
-        subset = self.trainer.adapters.subset
-        if self.trainer.lower_layers is not None and not (subset and subset.choice == "top"):
+        if self.trainer.lower_layers is not None and not self.trainer._lower_layers_stay:
             self.trainer.lower_layers.clear()  # the new booster may lie below the layers that train next
         optimizer = kwargs["optimizer"]
         for parameter in self.trainer.adapters.parameters():
@@ -394,6 +545,25 @@ class _Progress(ProgressCallback):
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint folder of a run."""
-    found = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    return Path(found) if found else None
+    """The newest whole checkpoint of a run; None where it has none at all.
+
+    A warning names the file of a newer one that is damaged. Raises :class:`XgbloraError` where no checkpoint is whole.
+    """
+    found = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
+    damage = ""
+    for folder in reversed([each for each in found if each.is_dir() and _step(each) >= 0]):
+        try:
+            verify(folder)
+        except XgbloraError as error:
+            damage = str(error)
+            logger.warning("Not resuming from %s: %s", folder.name, error)
+        else:
+            return folder
+    if damage:
+        raise XgbloraError(f"no checkpoint of {output_dir} is whole: {damage}; --overwrite_output_dir starts again")
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdigit() else -1

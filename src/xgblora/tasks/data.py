@@ -1,10 +1,13 @@
 """The rows of a run: a task's own splits or the user's files, checked, then sampled into train, dev and eval."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 
@@ -87,6 +90,17 @@ def sample(
     )
 
 
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Readers say what is wrong in errors, which are shown, and once more in their log."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+
+
 def _files_of(folder: Path) -> dict[str, Path]:
     """The data files in a folder, by split."""
     if not folder.is_dir():
@@ -116,16 +130,22 @@ def _read_file(path: Path, task: Task | Chat) -> Dataset:
     if path.stat().st_size == 0:
         raise XgbloraError(f"{path} is empty")
     try:
-        rows: Dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        with _quiet_readers():
+            rows: Dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # the readers behind datasets raise their own kinds
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        if "corresponds to no data" in str(cause):
+        if "corresponds to no data" in str(cause) or "BatchSize must be greater than 0" in str(cause):
             raise XgbloraError(f"{path} has no rows") from error
         raise XgbloraError(f"cannot read {path}: {' '.join(str(cause).split())[:200]}") from error
     if len(rows) == 0:
         raise XgbloraError(f"{path} has no rows")
+    for column in rows.column_names:
+        try:  # the readers do not look into text: what is not UTF-8 would surface in the middle of a run
+            rows.data.table[column].validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            raise XgbloraError(f"cannot read {path}, column {column!r}: {error}") from error
     for column in task.columns:
         if column not in rows.column_names:
             raise XgbloraError(

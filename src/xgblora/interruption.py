@@ -1,0 +1,101 @@
+"""Stopping and being alone: signals that end a run after its step, and the lock on its folder."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import SoftFileLock, Timeout
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from xgblora.errors import XgbloraError
+
+LOCK = "run.lock"
+LOCK_SECONDS = 3.0
+"""How long a lock may look abandoned before that is believed; filelock wants two seconds for a half-written one."""
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+"""Ctrl-C, a polite kill, and Ctrl-Break on Windows."""
+
+
+class Interrupted(BaseException):
+    """A signal ended the run. ``code``: the exit code of a process that a signal ends, 128 + its number.
+
+    No :class:`Exception`: whoever catches errors in order to go on must not catch this.
+    """
+
+    def __init__(self, number: int, saved: str = "") -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}{f' after {saved}' if saved else ''}")
+        self.code = 128 + number
+
+
+class StopAtSignal(TrainerCallback):
+    """The first signal lets the step in progress finish and saves a checkpoint, a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.training = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals inside the block; outside the main thread nothing can, and nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = number
+        if again or not self.training:
+            raise Interrupted(number)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.training = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.received is not None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:
+            raise Interrupted(self.received, f"step {state.global_step}, which is saved")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.training = False
+        if self.received is not None:
+            raise Interrupted(self.received, f"step {state.global_step}")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; one that a dead process left is taken over.
+
+    Raises :class:`XgbloraError` with the number of the process that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLock(folder / LOCK, timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        holder = f"process {lock.pid}" if lock.pid else "another process"
+        raise XgbloraError(
+            f"{holder} is at work in {folder}: wait for it, choose another --output_dir, or, if it is long gone, "
+            f"remove {folder / LOCK}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

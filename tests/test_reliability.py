@@ -1,0 +1,621 @@
+"""Nothing lost: kills, signals, damaged files, full disks, two runs on one folder, numbers gone wrong."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from conftest import ARCHITECTURES, LogLines, build, examples, train
+from xgblora import RunConfig, Trainer, XgbloraError, attach, files
+from xgblora.boosters import Ledger
+from xgblora.cli import main
+from xgblora.errors import DivergedError
+from xgblora.files import MANIFEST, sealed_folder, verify, write_json
+from xgblora.trainer import last_checkpoint
+
+METHODS = {
+    "per example, steps": "--xgblora --xgblora_steps_per_iteration 7 --lr_scheduler_type linear",
+    "shared, LoRA": "--lora --lora_r 2 --zo_directions shared --gradient_accumulation_steps 2",
+    "backprop, patience": "--trainer regular --xgblora --xgblora_use_adaptive_merge --xgblora_patience 3",
+    "top layer": "--xgblora --xgblora_layers 1 --xgblora_layer_choice top --xgblora_merge_frequency 1",
+    "boost": "--recipe boost --boost_boosters 6 --boost_examples 32",
+}
+STEPS = 40
+EVERY_STEP = f"--max_steps {STEPS} --save_steps 3 --eval_steps 4 --logging_steps 2 --learning_rate 1e-2 --zo_eps 1e-2"
+FILES = (
+    "training_loss.jsonl",
+    "eval_loss.jsonl",
+    *(f"adapter/{n}" for n in ("adapter_model.safetensors", "ledger.json")),
+)
+
+_context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    _context.set_forkserver_preload(["xgblora.cli"])  # imported once: what is killed is a run, not an import
+
+
+def _command(argv: list[str], log: str) -> None:
+    torch.set_num_threads(1)
+    with Path(log).open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        sys.exit(main(argv))
+
+
+def start(argv: list[str], log: Path) -> Any:
+    """The command in a process of its own, what it says in ``log``."""
+    process = _context.Process(target=_command, args=(argv, str(log)))
+    process.start()
+    return process
+
+
+def finish(argv: list[str], log: Path) -> None:
+    process = start(argv, log)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text(encoding="utf-8")
+
+
+def said(process: Any, log: Path, text: str) -> None:
+    """Wait until the process has said it."""
+    for _ in range(12_000):
+        if log.is_file() and text in log.read_text(encoding="utf-8"):
+            return
+        assert process.is_alive(), log.read_text(encoding="utf-8")
+        time.sleep(0.005)
+    raise AssertionError(f"{text!r} was never said")
+
+
+@pytest.fixture
+def small(model_folder: Path, data_folder: Path) -> list[str]:
+    flags = f"--model_name {model_folder.as_posix()} --data_dir {data_folder.as_posix()} --task_name SST2"
+    flags += " --num_train 40 --num_dev 10 --num_eval 20 --disable_tqdm true --use_cpu true"
+    return [*flags.split(), *EVERY_STEP.split()]
+
+
+@pytest.fixture
+def command(small: list[str]) -> Callable[[str, Path], list[str]]:
+    return lambda method, folder: ["train", "--output_dir", str(folder), *METHODS[method].split(), *small]
+
+
+def same_run(whole: Path, other: Path) -> None:
+    for name in FILES:
+        assert (whole / name).read_bytes() == (other / name).read_bytes(), name
+    metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (whole, other)]
+    for each in metrics:
+        for name in ("seconds_per_step", "training_seconds", "peak_memory_mb"):
+            each.pop(name)
+    assert metrics[0] == metrics[1]
+
+
+KILLS = 3
+"""Of every run, at most; it may be done before the last one comes."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process that imports torch for every kill takes too long")
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=pytest.mark.soak if n >= len(METHODS) else ()) for n in range(50)]
+)
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
+    number: int, command: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """SIGKILL at a random moment, again and again: during a step, a save, a merge, an evaluation."""
+    method = list(METHODS)[number % len(METHODS)]
+    draw, log = random.Random(number), tmp_path / "log.txt"
+    start(["--help"], log).join()  # the first process waits for the imports
+    begun = time.monotonic()
+    finish(command(method, tmp_path / "whole"), log)
+    seconds = time.monotonic() - begun
+    killed = 0
+    for _ in range(KILLS):
+        process = start(command(method, tmp_path / "killed"), log)
+        process.join(draw.uniform(0.1, 0.9) * seconds)
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    finish(command(method, tmp_path / "killed"), log)
+    assert killed, "no kill came in time"
+    same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*.part"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of this kind are not sent there")
+@pytest.mark.parametrize(
+    ("number", "method"),
+    [(signal.SIGTERM, "per example, steps"), (signal.SIGINT, "backprop, patience"), (signal.SIGTERM, "boost")],
+)
+def test_a_signal_at_a_merge_ends_the_step_and_saves(
+    number: signal.Signals, method: str, command: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    log, folder = tmp_path / "log.txt", tmp_path / "stopped"
+    finish(command(method, tmp_path / "whole"), tmp_path / "whole.txt")
+    process = start(command(method, folder), log)
+    said(process, log, "Merging and reinitializing")
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    words = log.read_text(encoding="utf-8").splitlines()[-1]
+    assert words.startswith(f"stopped by {number.name} after step ")
+    step = int(words.split()[5].strip(","))
+    assert words.endswith(f"step {step}, which is saved; the same command goes on at the last checkpoint")
+    verify(folder / f"checkpoint-{step}")
+    assert not (folder / "run.lock").exists()
+    finish(command(method, folder), log)
+    same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of this kind are not sent there")
+def test_a_second_signal_stops_at_once_and_the_checkpoint_is_whole(small: list[str], tmp_path: Path) -> None:
+    """A step that takes long: 300 perturbations of large batches."""
+    log, folder = tmp_path / "log.txt", tmp_path / "run"
+    flags = "--lora --zo_num_perturbations 20000 --max_steps 2 --save_steps 1".split()
+    process = start(["train", "--output_dir", str(folder), *small, *flags], log)
+    said(process, log, "Initializing LoRA")
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert process.is_alive(), "the step is finished first"
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert log.read_text(encoding="utf-8").splitlines()[-1].startswith("stopped by SIGTERM; ")
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_two_runs_on_one_folder(command: Callable[[str, Path], list[str]], tmp_path: Path) -> None:
+    log, folder = tmp_path / "log.txt", tmp_path / "run"
+    first = start(command("per example, steps", folder), log)
+    said(first, log, "Merging and reinitializing")
+    if sys.platform != "win32":
+        os.kill(first.pid, signal.SIGSTOP)  # or it might be done before the second begins
+    second = start(command("per example, steps", folder), tmp_path / "second.txt")
+    second.join(60)
+    assert second.exitcode == 2
+    words = (tmp_path / "second.txt").read_text(encoding="utf-8")
+    assert f"error: process {first.pid} is at work in {folder}" in words
+    first.kill()
+    first.join()
+    assert (folder / "run.lock").is_file()
+    finish(command("per example, steps", folder), log)  # the lock of a dead process stands in nobody's way
+    assert not (folder / "run.lock").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process that imports torch for every kill takes too long")
+def test_a_comparison_goes_on_in_the_arm_it_was_killed_in(small: list[str], tmp_path: Path) -> None:
+    def compare(name: str) -> list[str]:
+        flags = "--seeds 0 1 --lora_rank 1 --xgblora_steps_per_iteration 7 --skip_completed".split()
+        return ["compare", "--output_root", str(tmp_path / name), *flags, *small]
+
+    finish(compare("whole"), tmp_path / "whole.txt")
+    log, third = tmp_path / "log.txt", tmp_path / "killed" / "xgblora_seed0"
+    process = start(compare("killed"), log)
+    while not list(third.glob("checkpoint-*")):
+        assert process.is_alive()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    before = log.read_text(encoding="utf-8")
+    assert "Run 3 of 4" in before
+    assert "Run 4 of 4" not in before
+    kept = {
+        arm: (tmp_path / "killed" / arm / "metrics.json").stat().st_mtime_ns for arm in ("lora_seed0", "lora_seed1")
+    }
+    finish(compare("killed"), log)
+    after = log.read_text(encoding="utf-8").removeprefix(before)
+    assert after.count("Resuming from") == 1
+    assert "Run 1 of 4" not in after
+    for arm in ("lora_seed0", "lora_seed1", "xgblora_seed0", "xgblora_seed1"):
+        same_run(tmp_path / "whole" / arm, tmp_path / "killed" / arm)
+    assert kept == {arm: (tmp_path / "killed" / arm / "metrics.json").stat().st_mtime_ns for arm in kept}
+
+
+RESUMABLE = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 9, "xgblora": True}
+RESUMABLE |= {"xgblora_use_adaptive_merge": True, "xgblora_patience": 2, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
+    """A checkpoint with every kind of file in it, and a trainer that could resume it."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer, _ = train(folder, build(ARCHITECTURES["opt"]), **RESUMABLE)
+    found = next(each for each in sorted(folder.glob("checkpoint-*")) if (each / "best_pair.safetensors").is_file())
+    return found, trainer
+
+
+NAMES = {
+    *("adapter_model.safetensors", "adapter_config.json", "ledger.json", "best_pair.safetensors", MANIFEST),
+    *("training_state.safetensors", "training_state.json", "trainer_state.json"),
+}
+
+
+def mutations(content: bytes, seed: str) -> Iterator[tuple[str, bytes | None]]:
+    """Removed, cut at several places, one bit turned at several places."""
+    draw = random.Random(seed)
+    yield "removed", None
+    for place in {0, 1, len(content) - 1, *(draw.randrange(len(content)) for _ in range(6))}:
+        yield f"cut to {place} bytes", content[:place]
+    for place in {0, len(content) - 1, *(draw.randrange(len(content)) for _ in range(18))}:
+        turned = bytearray(content)
+        turned[place] ^= 1 << draw.randrange(8)
+        yield f"bit of byte {place}", bytes(turned)
+
+
+def test_every_damage_to_a_checkpoint_is_refused_by_name(checkpoint: tuple[Path, Trainer]) -> None:
+    folder, trainer = checkpoint
+    assert {file.name for file in folder.iterdir()} == NAMES
+    tried = 0
+    for name in sorted(NAMES):
+        content = (folder / name).read_bytes()
+        for what, damaged in mutations(content, name):
+            if damaged is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(damaged)
+            tried += 1
+            for load in (trainer.ledger.load, trainer.train):
+                try:
+                    load(str(folder))
+                except XgbloraError as error:
+                    message = str(error)
+                else:
+                    raise AssertionError(f"{name}, {what}: loaded")
+                assert name in message, (name, what, message)
+                assert "\n" not in message
+        (folder / name).write_bytes(content)
+    assert tried >= 200
+    trainer.ledger.load(folder)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    command: Callable[[str, Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "per example, steps"
+    assert main(command(method, tmp_path / "whole")) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    (tmp_path / "damaged" / "metrics.json").unlink()
+    newest, before = tmp_path / "damaged" / f"checkpoint-{STEPS}", tmp_path / "damaged" / f"checkpoint-{STEPS - 1}"
+    assert before.is_dir()
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(command(method, tmp_path / "damaged")) == 0
+    out = capsys.readouterr().out
+    assert f"Not resuming from checkpoint-{STEPS}: {weights} is damaged" in out
+    assert f"Resuming from {before}" in out
+    same_run(tmp_path / "whole", tmp_path / "damaged")
+    (tmp_path / "damaged" / "metrics.json").unlink()
+    for each in (newest, before):
+        (each / "ledger.json").unlink()
+    assert main(command(method, tmp_path / "damaged")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: no checkpoint of ")
+    assert "ledger.json is missing; --overwrite_output_dir starts again" in err
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "config.json", "training_loss.jsonl", "eval_loss.jsonl"])
+def test_damaged_files_of_a_run_are_one_line(
+    file: str, command: Callable[[str, Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command("shared, LoRA", tmp_path / "run")
+    assert main(argv) == 0
+    if file.endswith("jsonl"):
+        (tmp_path / "run" / "metrics.json").unlink()
+    content = (tmp_path / "run" / file).read_bytes()
+    for damage in (b"\xff\xfe\x00" + content, b"[1, 2]\n" + content, b"{}}" + content[3:]):
+        (tmp_path / "run" / file).write_bytes(damage)
+        capsys.readouterr()
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert file in err
+        assert err.count("\n") == 1
+
+
+def test_a_checkpoint_of_something_else_is_refused(checkpoint: tuple[Path, Trainer], tmp_path: Path) -> None:
+    folder, _ = checkpoint
+    stranger = build(ARCHITECTURES["opt"])
+    stranger.model.decoder.layers[0].fc1.weight.data[0, 0] += 1
+    with pytest.raises(XgbloraError, match=r"was trained otherwise \(base weights: .* there, .* here"):
+        train(tmp_path / "a", stranger, **RESUMABLE, resume=str(folder))
+    with pytest.raises(XgbloraError, match="task: RottenTomatoes there, SST2 here"):
+        train(tmp_path / "b", **RESUMABLE, task_name="SST2", resume=str(folder))
+    with pytest.raises(XgbloraError, match=r"was trained by AdamW, not by SGD: give the same --optim"):
+        train(tmp_path / "c", **RESUMABLE | {"optim": "sgd"}, resume=str(folder))
+
+
+def test_names_in_a_manifest_stay_in_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("x", encoding="utf-8")
+    with sealed_folder(tmp_path / "sealed", {}) as work:
+        (work / "a.txt").write_text("x", encoding="utf-8")
+    digest = json.loads((tmp_path / "sealed" / MANIFEST).read_text(encoding="utf-8"))["sha256"]["a.txt"]
+    write_json(tmp_path / "sealed" / MANIFEST, files._seal({}, {"../secret.txt": digest}))
+    with pytest.raises(XgbloraError, match=r"secret\.txt is missing"):
+        verify(tmp_path / "sealed")
+
+
+def test_nobodys_files_are_replaced(tmp_path: Path) -> None:
+    ledger = Ledger(attach(build(ARCHITECTURES["opt"])))
+    ledger.save(tmp_path / "adapter")
+    ledger.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(XgbloraError, match="holds files of something else"):
+        ledger.save(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_writer_that_fails_leaves_the_former_folder(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with sealed_folder(tmp_path / "sealed", {}) as work:
+            (work / "a.txt").write_text(text, encoding="utf-8")
+
+    def fail() -> None:
+        with sealed_folder(tmp_path / "sealed", {}) as work:
+            (work / "a.txt").write_text("third", encoding="utf-8")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    verify(tmp_path / "sealed")
+    assert (tmp_path / "sealed" / "a.txt").read_text(encoding="utf-8") == "second"
+    assert [each.name for each in tmp_path.iterdir()] == ["sealed"]
+
+
+def test_no_pickle_is_read_or_written(checkpoint: tuple[Path, Trainer]) -> None:
+    folder, _ = checkpoint
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        else:
+            load_file(file)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("scheduler", ["constant", "cosine"])
+def test_every_kind_of_optimizer_resumes_exactly(optim: str, scheduler: str, tmp_path: Path) -> None:
+    """From a checkpoint between two lines of the log, in the middle of a booster, with other data workers."""
+    flags: dict[str, Any] = {"max_steps": 13, "save_strategy": "steps", "save_steps": 5, "logging_steps": 4}
+    flags |= {
+        "save_total_limit": 9,
+        "optim": optim,
+        "lr_scheduler_type": scheduler,
+        "xgblora": True,
+        "xgblora_steps_per_iteration": 3,
+    }
+    whole, losses = train(tmp_path / "whole", **flags)
+    resumed, again = train(
+        tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-5"), dataloader_num_workers=1
+    )
+    assert again == losses
+    assert len(losses) == 3
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        for a, b in zip(mine.pairs(), theirs.pairs(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    """An objective that draws from the global generators, as rewards of drawn answers do."""
+    import numpy as np
+
+    def noisy(folder: Path, resume: str | None = None) -> list[float]:
+        model = build(ARCHITECTURES["opt"])
+        flags: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+        config = RunConfig(output_dir=str(folder), disable_tqdm=True, use_cpu=True, **flags)
+        objective = lambda _, batch: torch.rand(batch.segments) + random.random() + np.random.rand()  # noqa: E731
+        trainer = Trainer(model, config, attach(model, seed=0), examples(64), objective=objective)
+        trainer.train(resume_from_checkpoint=resume)
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    random.seed(0)
+    np.random.seed(0)
+    whole = noisy(tmp_path / "whole")
+    random.seed(1)
+    np.random.seed(1)
+    assert noisy(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4")) == whole
+
+
+class Poisoned:
+    """The usual loss, NaN at the steps given, of one example alone or only under probes."""
+
+    def __init__(self, steps: set[int], examples: slice = slice(None), probes: int = 2) -> None:
+        self.steps, self.examples, self.calls, self.per_step = steps, examples, 0, 1
+        self.probes = probes
+
+    def __call__(self, model: Any, batch: Any) -> torch.Tensor:
+        from xgblora.objectives import classification_loss
+
+        losses = classification_loss(model, batch)
+        step = self.trainer.state.global_step + 1
+        if step in self.steps:
+            losses = losses.clone()
+            losses[self.examples] = float("nan")
+        return losses
+
+
+def poisoned(folder: Path, steps: set[int], examples_: slice = slice(None), **flags: Any) -> Trainer:
+    model = build(ARCHITECTURES["opt"])
+    flags = {"max_steps": 12, "logging_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2} | flags
+    config = RunConfig(output_dir=str(folder), disable_tqdm=True, use_cpu=True, save_strategy="no", **flags)
+    objective = Poisoned(steps, examples_)
+    trainer = Trainer(
+        model,
+        config,
+        attach(model, seed=0, xgblora=config.xgblora, rank=config.rank),
+        examples(64),
+        objective=objective,
+    )
+    objective.trainer = trainer
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["zo", "regular"])
+def test_bad_steps_are_left_out_and_counted(kind: str, tmp_path: Path, log_lines: LogLines) -> None:
+    flags: dict[str, Any] = {"trainer": kind, "max_bad_steps": 3, "xgblora": True, "xgblora_steps_per_iteration": 5}
+    trainer = poisoned(tmp_path, {4, 5, 8}, slice(2, 3), **flags)
+    seen: list[tuple[int, list[torch.Tensor]]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append((state.global_step, [p.detach().clone() for p in trainer.adapters.parameters()]))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    moved = {
+        step + 1
+        for (step, before), (_, after) in pairwise(seen)
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    }
+    assert {4, 8}.isdisjoint(moved)  # 5 is a merge: a new pair begins there
+    assert {1, 2, 3, 6, 7, 9, 10, 11} <= moved
+    assert [booster.step for booster in trainer.ledger.boosters] == [5, 10]
+    assert trainer.ledger.boosters[0].loss is None
+    lines = {line["step"]: line for line in trainer.state.log_history if "learning_rate" in line}
+    assert {step for step, line in lines.items() if line.get("skipped_steps")} == {4, 5, 8}
+    assert {step for step, line in lines.items() if "loss" not in line} == {4, 5, 8}
+    assert len(log_lines.containing("which was not applied")) == 3
+    assert log_lines.containing(
+        "step 5, which was not applied (2 in a row): the base alone gives it for training example"
+    )
+
+
+def test_too_many_bad_steps_stop_the_run_and_name_the_examples(tmp_path: Path) -> None:
+    trainer = poisoned(tmp_path, {4, 5}, slice(2, 3), max_bad_steps=2)
+    with pytest.raises(DivergedError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert message.startswith("the loss is nan at step 5, which was not applied: ")
+    assert message.endswith("; the last checkpoint is kept")
+    found = re.search(r"the base alone gives it for training example\(s\) (\d+)", message)
+    assert found
+    assert 1 <= int(found[1]) <= 64
+    with pytest.raises(DivergedError, match="at step 4, which"):
+        poisoned(tmp_path, {4, 5}).train()  # one is enough by default
+
+
+def test_the_cause_is_found_by_trying(tmp_path: Path) -> None:
+    """A base that overflows, adapters that have grown, probes that are too long."""
+
+    def stopped(**flags: Any) -> str:
+        model = flags.pop("model", None) or build(ARCHITECTURES["opt"])
+        with pytest.raises(DivergedError) as caught:
+            train(tmp_path, model, **{"max_steps": 30, "lora": True} | flags)
+        return str(caught.value)
+
+    assert "only the probes of training example(s)" in (words := stopped(zo_eps=1e30))
+    assert "lower --zo_eps (now 1e+30)" in words
+    grown = stopped(learning_rate=1e25, optim="sgd", zo_eps=1e-2)
+    assert "the adapters have grown too far" in grown
+    assert "lower --learning_rate" in grown
+    half = build(ARCHITECTURES["llama"], torch.float16)
+    with torch.no_grad():
+        half.model.embed_tokens.weight[20] = torch.inf  # the first token of every prompt of one kind
+    assert "the base alone gives it" in (words := stopped(model=half, load_float16=True))
+    assert "load the base in bfloat16 or float32" in words
+
+
+def test_zero_differences_are_shown(tmp_path: Path) -> None:
+    """A probe so short that float32 loses it."""
+    trainer, _ = train(tmp_path, zo_eps=1e-12, max_steps=2, lora=True)
+    lines = [line for line in trainer.state.log_history if "zero_differences" in line]
+    assert all(line["zero_differences"] > 0.9 for line in lines)
+    trainer, _ = train(tmp_path, zo_eps=1e-2, max_steps=2, lora=True)
+    assert all(line["zero_differences"] == 0 for line in trainer.state.log_history if "zero_differences" in line)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_the_log_tells_how_far_a_step_went(optim: str, tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, max_steps=1, optim=optim, lora=True, learning_rate=0.5, weight_decay=0.0)
+    fresh = attach(build(ARCHITECTURES["opt"]), rank=trainer.args.rank, seed=trainer.args.seed)
+    moved = [(a - b).flatten() for a, b in zip(trainer.adapters.parameters(), fresh.parameters(), strict=True)]
+    line = next(line for line in trainer.state.log_history if "update_norm" in line)
+    assert line["update_norm"] == pytest.approx(torch.cat(moved).norm().item(), rel=1e-4)
+
+
+@contextmanager
+def limited(folder: Path, bytes_: int) -> Iterator[None]:
+    """A disk of so many bytes at ``folder``."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={bytes_}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs rights that are missing here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mounts a small disk")
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--xgblora --xgblora_steps_per_iteration 2 --save_steps 2 --save_total_limit 50 --optim adamw_torch".split()
+    with limited(tmp_path / "disk", 400_000):
+        folder = tmp_path / "disk" / "run"
+        assert main(["train", "--output_dir", str(folder), *small, *flags]) == 2
+        err = capsys.readouterr().err
+        assert "No space left on device" in err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        kept = last_checkpoint(folder)
+        assert kept is not None
+        assert kept.name != f"checkpoint-{STEPS}"
+        assert not list(folder.glob("*.part"))
+        for old in sorted(folder.glob("checkpoint-*"))[:-1]:
+            if old != kept:
+                shutil.rmtree(old)  # room again
+        argv = ["train", "--output_dir", str(folder), *small, *flags]
+        argv[argv.index("50")] = "1"
+        assert main(argv) == 0
+        assert f"Resuming from {kept}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are made read-only in another way")
+def test_a_read_only_folder_is_one_line(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with limited(tmp_path / "disk", 100_000):
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        assert main(["train", "--lora", "--output_dir", str(tmp_path / "disk" / "run"), *small]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "ead-only" in err
+    assert err.count("\n") == 1
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from conftest import ARCHITECTURES, build, examples, train
+from xgblora import XgbloraError
+from pathlib import Path
+model, rows = build(ARCHITECTURES["opt"]), examples(4000)
+train(Path({folder!r}), model, rows, max_steps=1, lora=True, per_device_train_batch_size=2)
+model = build(ARCHITECTURES["opt"])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
+try:
+    train(Path({folder!r}), model, rows, max_steps=1, lora=True, zo_num_perturbations=1, trainer="regular",
+          per_device_train_batch_size=4000)
+except XgbloraError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory in Linux's way")
+def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
+    code = OUT_OF_MEMORY.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    words = done.stdout.splitlines()[-1] if done.stdout else done.stderr
+    assert words.startswith("out of memory at step 1, with 4000 examples of "), words
+    assert "lower --per_device_train_batch_size" in words
