@@ -65,6 +65,13 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
         "learning_rate",
         ZO_RATES,
     ),
+    "zo_xgblora_probes2": (
+        ADAM
+        | {"xgblora": True, "xgblora_steps_per_iteration": 50, "zo_eps": 1e-2}
+        | {"zo_num_perturbations": 2, "max_steps": STEPS // 2},
+        "learning_rate",
+        ZO_RATES,
+    ),
     "backprop_lora_r1": (BACKPROP | {"lora": True, "lora_r": 1}, "learning_rate", BACKPROP_RATES),
     "backprop_lora_r5": (BACKPROP | {"lora": True, "lora_r": 5, "lora_alpha": 80}, "learning_rate", BACKPROP_RATES),
     "backprop_lora_r8": (BACKPROP | {"lora": True, "lora_r": 8, "lora_alpha": 128}, "learning_rate", BACKPROP_RATES),
@@ -85,6 +92,7 @@ LABELS = {
     "zo_lora_r1": "zeroth-order LoRA r = 1,\ndirections per example",
     "zo_lora_r1_probes2": "the same, two directions each",
     "zo_xgblora": "zeroth-order XGBLoRA",
+    "zo_xgblora_probes2": "the same, two directions each\n(XGBLoRA)",
     "backprop_lora_r1": "backprop LoRA r = 1",
     "backprop_lora_r5": "backprop LoRA r = 5",
     "backprop_lora_r8": "backprop LoRA r = 8",

@@ -1,16 +1,27 @@
 """When merges happen: the closed form, and that nothing else decides."""
 
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import train
 from xgblora import RunConfig, XgbloraError
+from xgblora.boosters import LEDGER
 from xgblora.schedule import Patience, PatienceState, Schedule, resolve
 
 
-def merges(schedule: Schedule, losses: list[float] | None = None) -> list[int]:
+def merges(schedule: Schedule, losses: list[float] | None = None, stops: frozenset[int] = frozenset()) -> list[int]:
+    """The steps of the merges; after each of ``stops`` all that is known comes from a file."""
     state, found = PatienceState(), []
     for step in range(1, schedule.total_steps + 1):
+        if step - 1 in stops:
+            state = PatienceState(**json.loads(json.dumps(state._asdict())))
         state, reason = schedule.observe(state, step, losses[step - 1] if losses else 1.0)
         if reason:
             found.append(step)
@@ -36,6 +47,69 @@ def test_epochs_follow_the_closed_form(epochs: int, per_epoch: int, frequency: i
     assert merges(schedule) == [e * per_epoch for e in wanted]
     assert schedule.expected_merges == len(wanted)
     assert [schedule.place(e * per_epoch) for e in wanted] == [f"epoch {e}" for e in wanted]
+
+
+@given(
+    max_steps=st.integers(1, 400),
+    steps_per_booster=st.integers(0, 120),
+    per_epoch=st.integers(1, 40),
+    frequency=st.integers(0, 12),
+    stops=st.frozensets(st.integers(1, 400), max_size=5),
+)
+def test_stops_change_no_merge(
+    max_steps: int, steps_per_booster: int, per_epoch: int, frequency: int, stops: frozenset[int]
+) -> None:
+    flags = config(xgblora_steps_per_iteration=steps_per_booster, xgblora_merge_frequency=frequency)
+    every = steps_per_booster or frequency * per_epoch
+    wanted = [step for step in range(1, max_steps) if every and step % every == 0]
+    assert merges(resolve(flags, max_steps, per_epoch), stops=stops) == wanted
+
+
+@given(
+    losses=st.lists(st.floats(0, 10), min_size=2, max_size=60),
+    patience=st.integers(1, 10),
+    beta=st.sampled_from([0.0, 0.5, 0.9]),
+    stops=st.frozensets(st.integers(1, 60), max_size=5),
+)
+def test_stops_change_no_merge_of_patience(
+    losses: list[float], patience: int, beta: float, stops: frozenset[int]
+) -> None:
+    schedule = Schedule(len(losses), patience=Patience(patience, beta, 0.0, 0, 0))
+    assert merges(schedule, losses, stops) == merges(schedule, losses)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_the_trainer_merges_by_the_closed_form_wherever_it_was_stopped(data: st.DataObject) -> None:
+    """Real trainings of 4 steps an epoch, by steps or epochs, stopped once and resumed by another process' objects."""
+    flags: dict[str, Any] = {"xgblora": True, "zo_directions": data.draw(st.sampled_from(["per_example", "shared"]))}
+    flags["trainer"] = data.draw(st.sampled_from(["zo", "regular"]))
+    flags["per_device_train_batch_size"] = 16  # of 64 rows
+    if data.draw(st.booleans()):
+        epochs, frequency = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+        total, every = 4 * epochs, 4 * frequency
+        flags |= {"max_steps": -1, "num_train_epochs": epochs, "xgblora_merge_frequency": frequency}
+    else:
+        total, every = data.draw(st.integers(2, 14)), data.draw(st.integers(1, 8))
+        flags |= {"max_steps": total, "xgblora_steps_per_iteration": every}
+    stop = data.draw(st.integers(1, total - 1))
+    flags |= {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 99}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole, losses = train(folder / "whole", **flags)
+        resumed, again = train(folder / "resumed", **flags, resume=str(folder / "whole" / f"checkpoint-{stop}"))
+        trainers = whole, resumed
+        for trainer, there in zip(trainers, ("whole", "resumed"), strict=True):
+            trainer.ledger.save(folder / there / "adapter")
+        ledgers = [(folder / there / "adapter" / LEDGER).read_bytes() for there in ("whole", "resumed")]
+    wanted = [step for step in range(1, total) if every and step % every == 0]
+    for trainer in trainers:
+        assert [booster.step for booster in trainer.ledger.boosters] == wanted
+    assert losses == again
+    assert ledgers[0] == ledgers[1]
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        for a, b in zip(mine.pairs(), theirs.pairs(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_the_documented_cases() -> None:
