@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 from xgblora.check import CheckConfig, check
 from xgblora.config import RunConfig
 from xgblora.demo import DemoConfig, demo
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, within_memory
 from xgblora.experiment import ExperimentConfig, Result, experiment
 from xgblora.export import ExportConfig, export
 from xgblora.interruption import Interrupted
@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise XgbloraError(f"unknown verb {verb!r}: choose one of {', '.join(VERBS)}")
-        return VERBS[verb](verb, rest)
+        with within_memory(
+            f"in xgblora {verb}", "smaller batches, --load_bfloat16 or a smaller model; finished work is kept"
+        ):
+            return VERBS[verb](verb, rest)
     except XgbloraError as error:
         return _fail(str(error))
     except OSError as error:  # a full disk, a read-only folder

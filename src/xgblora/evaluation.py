@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.adapters import Adapters
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, within_memory
 from xgblora.generation import Writer, exact_match_and_f1
 from xgblora.inference_layout import inference_layout
 from xgblora.lower_layers import LowerLayers
@@ -109,7 +109,14 @@ def _evaluate(
             plain = build_batch(rows, packed, share=lower_layers is None).to(device)
             batch = plain.filled()
             for number, stage in enumerate(stages):
-                with stage(), lower_layers.shared(plain, batch) if lower_layers else nullcontext():
+                with (
+                    within_memory(
+                        f"evaluating {len(rows)} examples of {batch.tokens:,} tokens",
+                        "lower --per_device_eval_batch_size or --max_length, or load the base in bfloat16",
+                    ),
+                    stage(),
+                    lower_layers.shared(plain, batch) if lower_layers else nullcontext(),
+                ):
                     scores = option_scores(model, batch, normalised)
                 if null_scores is not None:
                     own = [null_scores[_null(row)] for row in rows]

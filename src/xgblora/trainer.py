@@ -6,8 +6,8 @@ optimizer, its schedule, logging, checkpoints, callbacks and resuming are transf
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from xgblora.adapters import Adapters
 from xgblora.boosters import Ledger
 from xgblora.compilation import compiled
 from xgblora.config import RunConfig
-from xgblora.errors import DivergedError, XgbloraError
+from xgblora.errors import DivergedError, XgbloraError, within_memory
 from xgblora.evaluation import evaluate
 from xgblora.files import sealed_folder, verify
 from xgblora.generation import Writer
@@ -156,7 +156,11 @@ class Trainer(transformers.Trainer):
         """Write ``.grad`` of the pairs for one micro-batch; return its mean loss (both probes of it, for zo)."""
         self.model.eval()
         batch = Batch(**inputs)
-        with self._within_memory(batch):
+        flag = "--boost_examples" if self.tail is not None else "--per_device_train_batch_size"
+        with within_memory(
+            f"at step {self.state.global_step + 1}, with {batch.segments} examples of {batch.tokens:,} tokens",
+            f"lower {flag} or --max_length, or load the base in bfloat16; the last checkpoint is kept",
+        ):
             if self.tail is not None:
                 return self._fit_booster(batch, self.tail)
             return self._measure(batch.to(self.args.device))
@@ -336,20 +340,6 @@ class Trainer(transformers.Trainer):
         numbers = sorted(places[id(example)] for example in examples if id(example) in places)
         shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
         return f"training example(s) {shown}" if shown else f"{len(examples)} training example(s)"
-
-    @contextmanager
-    def _within_memory(self, batch: Batch) -> Iterator[None]:
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-                raise
-            flag = "--boost_examples" if self.tail is not None else "--per_device_train_batch_size"
-            raise XgbloraError(
-                f"out of memory at step {self.state.global_step + 1}, with {batch.segments} examples of "
-                f"{batch.tokens:,} tokens: lower {flag} or --max_length, or load the base in bfloat16; "
-                "the last checkpoint is kept"
-            ) from error
 
     def evaluate(
         self,
