@@ -246,7 +246,36 @@ def test_an_edited_task_is_another_run(model_folder: Path, tmp_path: Path, capsy
     assert "is complete: nothing to do" in capsys.readouterr().out
     file.write_text(file.read_text(encoding="utf-8").replace("software for", "for"), encoding="utf-8")
     assert main(words) == 2
-    assert "another configuration (task_file_sha256" in capsys.readouterr().err
+    assert "another configuration (--task_file has changed)" in capsys.readouterr().err
+
+
+def test_edited_data_and_an_edited_reward_are_another_run(
+    model_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What lies in files is as much of a run as its flags: an unfinished one is not resumed on other rows."""
+    data, reward = tmp_path / "data", tmp_path / "my_reward.py"
+    shutil.copytree(data_folder, data)
+    reward.write_text("def right(prompt, completion, example):\n    return 1.0\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = f"train --model_name {model_folder} --task_name SST2 --data_dir {data} --max_steps 1 --num_train 20"
+    words = [*command.split(), *"--num_dev 5 --num_eval 10 --use_cpu true --disable_tqdm true".split()]
+    words += ["--reward", "my_reward:right", "--output_dir", str(tmp_path / "run")]
+    assert main(words) == 0
+    capsys.readouterr()
+    reward.write_text("def right(prompt, completion, example):\n    return 2.0\n", encoding="utf-8")
+    assert main(words) == 2
+    assert "another configuration (--reward has changed)" in capsys.readouterr().err
+    reward.write_text("def right(prompt, completion, example):\n    return 1.0\n", encoding="utf-8")
+    assert main(words) == 0
+    with (data / "validation.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"sentence": "one more", "label": 1}\n')
+    assert main(words) == 2
+    assert "another configuration (the validation data (validation.jsonl) has changed)" in capsys.readouterr().err
 
 
 def test_rows_are_shown(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ with transformers' own parser, a library user constructs it.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -477,10 +476,7 @@ class RunConfig(TrainingArguments):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as JSON values, the content of ``config.json``."""
-        values: dict[str, Any] = json.loads(json.dumps(self.to_dict(), default=str))
-        if self.task_file is not None:  # a task that was edited is another task
-            values["task_file_sha256"] = hashlib.sha256(Path(self.task_file).read_bytes()).hexdigest()
-        return values
+        return json.loads(json.dumps(self.to_dict(), default=str))  # type: ignore[no-any-return]
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a run computes: two runs with equal identities are the same run."""

@@ -65,7 +65,7 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         digests = {}
         for file in sorted(work.iterdir()):
             _sync(file)
-            digests[file.name] = _digest(file)
+            digests[file.name] = digest(file)
         write_json(work / MANIFEST, _seal(fingerprint, digests))
         if folder.exists():
             folder.rename(former)
@@ -100,11 +100,11 @@ def verify(folder: Path) -> dict[str, Any]:
     sealed = _seal(fingerprint, digests)
     if own != sealed["sha256"][MANIFEST] or (folder / MANIFEST).read_bytes() != _text(sealed).encode():
         raise XgbloraError(f"{folder / MANIFEST} is damaged (its own SHA-256 differs)")
-    for name, digest in digests.items():
+    for name, sha256 in digests.items():
         file = folder / name
         if file.parent != folder or not file.is_file():
             raise XgbloraError(f"{file} is missing")
-        if _digest(file) != digest:
+        if digest(file) != sha256:
             raise XgbloraError(f"{file} is damaged (its SHA-256 is not the one in {MANIFEST})")
     return fingerprint
 
@@ -122,7 +122,8 @@ def _text(content: Any) -> str:
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

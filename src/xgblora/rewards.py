@@ -1,6 +1,7 @@
 """Rewards: what an answer is worth, and the objective that raises it, whether or not it has a gradient."""
 
 import importlib
+import importlib.util
 import math
 import statistics
 import sys
@@ -69,12 +70,28 @@ def load_reward(name: str, per_word: float = 0.0) -> RewardFunction:
     return length_penalised(function, per_word) if per_word else function
 
 
+def reward_file(name: str) -> Path | None:
+    """The file that a reward of one's own comes from; None for a ready one, or where there is no such file."""
+    if name in READY:
+        return None
+    _look_here()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _look_here() -> None:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+
+
 def _imported(name: str) -> RewardFunction:
     module, _, function = name.partition(":")
     if not module or not function:
         raise XgbloraError(f"--reward {name!r} is neither one of {', '.join(READY)} nor of the form module:function")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    _look_here()
     try:
         found = vars(importlib.import_module(module)).get(function)
     except Exception as error:  # whatever somebody's module raises when it is imported

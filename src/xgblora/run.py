@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,37 @@ from xgblora.boosters import Ledger, start_from
 from xgblora.config import RunConfig, banner, identity, notes
 from xgblora.errors import XgbloraError
 from xgblora.evaluation import Evaluation, evaluate, score
-from xgblora.files import PART, read_json, remove_parts, write_atomically, write_json
+from xgblora.files import PART, digest, read_json, remove_parts, write_atomically, write_json
 from xgblora.generation import Writer
 from xgblora.interruption import LOCK, StopAtSignal, alone_in
 from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
 from xgblora.residual import require_writers, residual_writers
-from xgblora.rewards import Reward, load_reward
-from xgblora.tasks import Chat, Task, encode, get_task, load_splits, load_task, sample
+from xgblora.rewards import Reward, load_reward, reward_file
+from xgblora.tasks import Chat, Task, data_files, encode, get_task, load_splits, load_task, sample
 from xgblora.trainer import Trainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 CONFIG = "config.json"
+
+
+def task_of(config: RunConfig) -> Task | Chat:
+    """The task of a run: of its file, else of its name."""
+    return load_task(config.task_file) if config.task_file else get_task(config.task_name)
+
+
+def contents(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of each local file that decides, beside the settings, what a run computes: task, data, own reward."""
+    data = data_files(task_of(config), config.data_dir)
+    files = {f"the {split} data ({file.name})": file for split, file in data.items()}
+    if config.task_file:
+        files["--task_file"] = Path(config.task_file)
+    if config.reward and (module := reward_file(config.reward)):
+        files["--reward"] = module
+    return {what: digest(file) for what, file in files.items() if file.is_file()}
 
 
 class Workspace:
@@ -43,7 +59,8 @@ class Workspace:
         if config.disable_tqdm:
             datasets.disable_progress_bars()
             transformers.logging.disable_progress_bar()
-        self.task: Task | Chat = load_task(config.task_file) if config.task_file else get_task(config.task_name)
+        self.task = task_of(config)
+        self.contents = contents(config)
         splits = load_splits(self.task, config.data_dir)
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
         samples = sample(splits, config.train_rows, self.num_dev, config.num_eval, config.train_set_seed)
@@ -150,7 +167,7 @@ def _run(
         },
     }
     if config.trainer == "none":
-        prepare_folder(config, held)
+        prepare_folder(config, held, workspace.contents)
         final, dev = workspace.in_context(config) if config.train_rows else workspace.zero_shot(config)
         work: dict[str, Any] = {"merges": 0, "merge_steps": [], "steps": 0, "forward_passes": 0}
         work |= {"forward_sequences": 0, "forward_tokens": 0}
@@ -161,7 +178,7 @@ def _run(
             if config.init_adapter:
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
-            prepare_folder(config, held)
+            prepare_folder(config, held, workspace.contents)
             with adapters.first(0):
                 workspace.zero_shot(config)
             work = _train(config, workspace, ledger, folder, stop)
@@ -278,8 +295,8 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
         raise XgbloraError(f"{error}: remove it to evaluate the run again") from error
 
 
-def prepare_folder(config: RunConfig, held: ExitStack) -> None:
-    """Make ``output_dir`` ready for this run, hold its lock, and write its ``config.json``.
+def prepare_folder(config: RunConfig, held: ExitStack, contents: Mapping[str, str]) -> None:
+    """Make ``output_dir`` ready for this run, hold its lock, and write its ``config.json`` with :func:`contents`.
 
     A folder that holds an unfinished run of the same configuration is kept, to be resumed. Raises
     :class:`XgbloraError` where it holds a different run or foreign files, unless ``overwrite_output_dir``.
@@ -294,7 +311,7 @@ def prepare_folder(config: RunConfig, held: ExitStack) -> None:
             (folder / name).unlink(missing_ok=True)
         for old in [folder / "adapter", *folder.glob("checkpoint-*")]:
             shutil.rmtree(old, ignore_errors=True)
-    write_json(folder / CONFIG, config.resolved())
+    write_json(folder / CONFIG, config.resolved() | {"sha256": dict(contents)})
 
 
 def _refuse_other_files(config: RunConfig, folder: Path) -> None:
@@ -314,7 +331,7 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
         there = identity(read_json(file))
     except XgbloraError as error:
         raise XgbloraError(f"{error}: use --overwrite_output_dir to start again") from error
-    ours = config.identity()
+    ours, their_contents = config.identity(), there.pop("sha256", {})
     for field in dataclasses.fields(RunConfig):  # a run of a version that lacked a flag is one of its default
         if field.name in ours and field.default is not dataclasses.MISSING:
             there.setdefault(field.name, field.default)
@@ -323,8 +340,12 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
             there[name] = None
     different = [name for name in ours.keys() | there.keys() if ours.get(name) != there.get(name)]
     different.sort(key=lambda name: (name != "recipe", name))  # flags of either recipe alone differ with it
-    if different:
-        shown = ", ".join(f"{n} {there.get(n)} -> {ours.get(n)}" for n in different[:3])
+    found = [f"{n} {there.get(n)} -> {ours.get(n)}" for n in different[:3]]
+    if not different:  # other settings read other files
+        now = contents(config)
+        found = [f"{what} has changed" for what in now if now[what] != their_contents.get(what, now[what])]
+    if found:
+        shown = ", ".join(found)
         raise XgbloraError(
             f"{folder} holds a run of another configuration ({shown}): choose another --output_dir, or "
             "--overwrite_output_dir to replace it"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from xgblora.errors import XgbloraError
 from xgblora.tasks.chat import Chat
-from xgblora.tasks.data import Samples, load_splits, sample
+from xgblora.tasks.data import Samples, data_files, load_splits, sample
 from xgblora.tasks.encode import encode
 from xgblora.tasks.file import load_task
 from xgblora.tasks.rotten_tomatoes import ROTTEN_TOMATOES
@@ -38,6 +38,7 @@ __all__ = [
     "Question",
     "Samples",
     "Task",
+    "data_files",
     "encode",
     "get_task",
     "load_splits",

@@ -35,13 +35,19 @@ class Samples:
     """The split that ``eval`` was sampled from: test where there is one, else validation."""
 
 
+def data_files(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, Path]:
+    """The local files that :func:`load_splits` reads, by split; none for a data set of the hub or of a wheel."""
+    if data_dir is not None:
+        return _files_of(Path(data_dir))
+    return task.source if isinstance(task.source, Mapping) else {}
+
+
 def load_splits(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, Dataset]:
     """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
-    if data_dir is not None:
-        return _read_files(_files_of(Path(data_dir)), task)
+    if files := data_files(task, data_dir):
+        return {split: _read_file(file, task) for split, file in files.items()}
     source = task.source
-    if isinstance(source, Mapping):
-        return _read_files(source, task)
+    assert not isinstance(source, Mapping)  # a task names its files
     try:
         if isinstance(source, Hub):
             return {
@@ -117,10 +123,6 @@ def _files_of(folder: Path) -> dict[str, Path]:
     if len(found) == 1:
         raise XgbloraError(f"{folder} has neither a test nor a validation file to evaluate on (.jsonl, .csv, .parquet)")
     return found
-
-
-def _read_files(files: Mapping[str, Path], task: Task | Chat) -> dict[str, Dataset]:
-    return {split: _read_file(file, task) for split, file in files.items()}
 
 
 def _read_file(path: Path, task: Task | Chat) -> Dataset:
