@@ -1,7 +1,7 @@
 """Preflight: what a configuration really means for both methods, without training.
 
 Attaches the adapters to the model (a tiny one when none is named), reads rank, alpha and scaling back from them, and
-says whether LoRA and XGBLoRA are comparable.
+says whether LoRA and XGBLoRA are comparable. For a model that is named it predicts the memory, before it is loaded.
 """
 
 import logging
@@ -13,9 +13,14 @@ from transformers.hf_argparser import HfArg
 
 from xgblora.adapters import Adapters, attach
 from xgblora.config import RunConfig, arm, banner, notes
-from xgblora.models import load_model, tiny_model
+from xgblora.errors import XgbloraError
+from xgblora.memory import free, predict
+from xgblora.models import load_model, load_model_config, load_tokenizer, tiny_model
+from xgblora.packing import Example
 from xgblora.randomness import generator
+from xgblora.run import task_of
 from xgblora.schedule import resolve
+from xgblora.tasks import encode, load_splits, sample
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,9 @@ class CheckConfig(RunConfig):
 
 def check(config: CheckConfig) -> bool:
     """Print the report; False where the two methods are not comparable or eps is lost in the adapters' dtype."""
+    if config.model_name and not _fits(config):
+        logger.info("Check failed")
+        return False
     model = load_model(config.model_name, config.dtype)[0] if config.model_name else tiny_model()
     sound = True
     scalings = {}
@@ -60,6 +68,41 @@ def check(config: CheckConfig) -> bool:
         sound = _comparable(arms["lora"], arms["xgblora"], scalings) and sound
     logger.info("Check %s", "passed" if sound else "failed")
     return sound
+
+
+def _fits(config: CheckConfig) -> bool:
+    """Log the memory of a training and whether it is there. True where it cannot be predicted, with the reason."""
+    each = arm(config, "xgblora" if config.mode == "xgblora" else "lora")
+    if config.trainer == "none" or config.recipe == "boost" or config.reward:
+        logger.info("Memory: predicted for --trainer zo and regular, classic recipe, without --reward")
+        return True
+    length = min(config.max_length, load_model_config(config.model_name).get_text_config().max_position_embeddings)
+    try:
+        task = task_of(config)
+        num_dev = task.num_dev if config.num_dev is None else config.num_dev
+        train = sample(
+            load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
+        ).train
+        rows = encode(task, train, load_tokenizer(config.model_name), length)
+    except XgbloraError as error:
+        logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
+        rows = [Example([1] * (length - 1), [[1], [2]], 0)] * config.per_device_train_batch_size
+    needed, there = predict(each, load_model_config(config.model_name), rows), free(each.device)
+    longest = sorted(row.tokens for row in rows)[-config.per_device_train_batch_size :]
+    logger.info(
+        "Memory, predicted: %.2f GB (Python and libraries %.2f, base %.2f, training %.2f: %d rows of up to %d tokens); "
+        "%.1f GB are free",
+        *(size / 1e9 for size in (needed.total, needed.process, needed.weights, needed.training)),
+        *(len(longest), longest[-1], there / 1e9),
+    )
+    if needed.weights + needed.training <= there:
+        return True
+    logger.error(
+        "FAILED: %.1f GB are more than the %.1f GB that are free: a smaller --per_device_train_batch_size or "
+        "--max_length, --load_bfloat16, or a smaller model",
+        *((needed.weights + needed.training) / 1e9, there / 1e9),
+    )
+    return False
 
 
 def _comparable(lora: RunConfig, xgblora: RunConfig, scalings: dict[str, float]) -> bool:

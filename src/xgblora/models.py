@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub_constants
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -60,6 +60,17 @@ def load_tokenizer(name: str = EMBEDDED_MODEL) -> Tokenizer:
         if path.suffix.lower() == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoTokenizer.from_pretrained(name)
+
+
+def load_model_config(name: str = EMBEDDED_MODEL) -> PreTrainedConfig:
+    """The configuration of a model that :func:`load_model` takes, without its weights. Raises as that does."""
+    path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
+    with _reading("configuration of", name):
+        if name == EMBEDDED_MODEL:
+            return AutoConfig.from_pretrained(str(_converted(path)))
+        if path.suffix.lower() == ".gguf":
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoConfig.from_pretrained(name)
 
 
 @contextlib.contextmanager
