@@ -179,6 +179,16 @@ def test_early_stopping_keeps_the_best_boosters(tmp_path: Path, log_lines: LogLi
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_only_finished_boosters_stop_early(tmp_path: Path) -> None:
+    """Evaluations between merges judge nothing: a new pair is no better than its predecessors for a while."""
+    flags: dict[str, Any] = {"xgblora": True, "xgblora_steps_per_iteration": 3, "max_steps": 60, "learning_rate": 0.3}
+    flags |= {"early_stopping_boosters": 2}
+    alone, _ = train(tmp_path / "alone", **flags)
+    often, _ = train(tmp_path / "often", **flags, eval_strategy="steps", eval_steps=1)
+    assert often.state.global_step == alone.state.global_step < 60
+    assert often.ledger.boosters == alone.ledger.boosters
+
+
 def test_a_merge_resets_the_pairs_optimizer_state(tmp_path: Path) -> None:
     """After a merge Adam starts anew: its step count is that of the new pair alone."""
     trainer, _ = train(tmp_path, max_steps=25, xgblora=True, xgblora_steps_per_iteration=10)

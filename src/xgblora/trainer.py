@@ -105,6 +105,7 @@ class Trainer(transformers.Trainer):
         """Such steps in a row."""
         self.health = Health()
         self._micro_batch = 0
+        self._stopped = False
         self.searched: list[Example] = []
         """Recipe boost: the rows that find every booster's step length; none is ever fitted on them."""
         if args.recipe == "boost":
@@ -143,6 +144,7 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))) or "") or None
         elif resume_from_checkpoint:
             verify(Path(resume_from_checkpoint))  # before anything in it is read
+        self._stopped = False
         with ExitStack() as fast:
             if self.args.trainer == "zo":
                 fast.enter_context(inference_layout(self.model))
@@ -391,6 +393,7 @@ class Trainer(transformers.Trainer):
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self.ledger.write(work)
             progress = {"health": self.health.state(), "bad_steps": self.bad_steps}
+            progress["stopped"] = self.control.should_training_stop and state.global_step < state.max_steps
             write_training_state(work, self.optimizer, self.lr_scheduler, progress)
             for callback in (*self.callback_handler.callbacks, self.control):
                 if isinstance(callback, ExportableState):
@@ -407,6 +410,18 @@ class Trainer(transformers.Trainer):
         if checkpoint is not None:
             progress = read_training_state(Path(checkpoint), self.optimizer, self.lr_scheduler)
             self.health, self.bad_steps = Health(**progress["health"]), progress["bad_steps"]
+            self._stopped = progress["stopped"]
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """One pass over the rows; none where the checkpoint was the last of its training.
+
+        transformers asks only after a step whether it was the last one, and knows nothing of a stop before the end.
+        """
+        if self._stopped or self.state.global_step >= self.state.max_steps:
+            logger.info("No step is left after step %d", self.state.global_step)
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -503,6 +518,8 @@ class _Boosting(TrainerCallback):
     ) -> None:
         ledger = self.trainer.ledger
         ledger.evaluated(state.global_step, metrics)
+        if ledger.evaluation is not None:
+            return  # of a pair in training: a booster is judged when it is finished
         losses = ledger.evaluations()
         since_best = len(losses) - min(losses, key=losses.__getitem__) if losses else 0
         if 0 < args.early_stopping_boosters <= since_best:
