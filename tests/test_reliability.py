@@ -137,6 +137,35 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     assert not list((tmp_path / "killed").glob("*.part"))
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *((method, "") for method in METHODS),
+        ("shared, LoRA", "--max_steps 38"),
+        ("boost", "--early_stopping_boosters 1"),
+        ("per example, steps", "--early_stopping_boosters 1 --learning_rate 1e-30 --save_steps 7"),
+    ],
+)
+def test_a_run_killed_after_its_last_step_takes_no_further_one(
+    method: str,
+    more: str,
+    command: Callable[[str, Path], list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the middle of an epoch or at its end, at the last step or stopped early: only the metrics are missing."""
+    flags = [*more.split(), "--save_total_limit", "99"]
+    assert main([*command(method, tmp_path / "whole"), *flags]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "killed" / "adapter")
+    newest = last_checkpoint(tmp_path / "killed")
+    capsys.readouterr()
+    assert main([*command(method, tmp_path / "killed"), *flags]) == 0
+    assert f"Resuming from {newest}" in capsys.readouterr().out
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of this kind are not sent there")
 @pytest.mark.parametrize(
     ("number", "method"),
@@ -169,7 +198,10 @@ def test_a_second_signal_stops_at_once_and_the_checkpoint_is_whole(small: list[s
     flags = "--lora --zo_num_perturbations 20000 --max_steps 2 --save_steps 1".split()
     process = start(["train", "--output_dir", str(folder), *small, *flags], log)
     said(process, log, "Initializing LoRA")
-    time.sleep(2)
+    while not (folder / "eval_loss.jsonl").exists():  # made where training begins
+        assert process.is_alive(), log.read_text(encoding="utf-8")
+        time.sleep(0.005)
+    time.sleep(1)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(1)
     assert process.is_alive(), "the step is finished first"
@@ -376,6 +408,37 @@ def test_a_writer_that_fails_leaves_the_former_folder(tmp_path: Path) -> None:
     verify(tmp_path / "sealed")
     assert (tmp_path / "sealed" / "a.txt").read_text(encoding="utf-8") == "second"
     assert [each.name for each in tmp_path.iterdir()] == ["sealed"]
+
+
+RENAME = """
+import os, signal, sys
+from pathlib import Path
+from xgblora.files import sealed_folder
+root, killed = Path({root!r}), {killed}
+def disturb(event, args):
+    if event == "os.rename" and armed and str(args[1]) == str(root / "sealed"):
+        armed.clear()
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("somebody is reading it")
+armed = []
+sys.addaudithook(disturb)
+for text in ("first", "second"):
+    with sealed_folder(root / "sealed", {{}}) as work:
+        (work / "a.txt").write_text(text, encoding="utf-8")
+        armed += [text] if text == "second" else []
+"""
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.skipif(os.name == "nt", reason=""))])
+def test_the_former_folder_outlasts_the_moment_between_two_renames(killed: bool, tmp_path: Path) -> None:
+    code = RENAME.format(root=str(tmp_path), killed=killed)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == (-signal.SIGKILL if killed else 1), done.stderr
+    names = [each for each in tmp_path.iterdir() if "second" not in (each / "a.txt").read_text(encoding="utf-8")]
+    assert len(names) == 1
+    assert names[0].name.endswith(".former.part") if killed else names[0].name == "sealed"
+    verify(names[0])
 
 
 def test_no_pickle_is_read_or_written(checkpoint: tuple[Path, Trainer]) -> None:

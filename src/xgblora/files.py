@@ -50,8 +50,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` at the end of the block; a killed writer leaves the former one.
+    """A folder to write into, which becomes ``folder`` at the end of the block.
 
+    A writer that fails or is killed leaves the former one; if killed between two renames, as ``.NAME.PID.former.part``.
     ``manifest.json`` is added: the SHA-256 of each file, and ``fingerprint``, JSON values that say what they belong to.
     Raises :class:`XgbloraError` where ``folder`` is there and holds anything but what an earlier manifest names.
     """
@@ -72,6 +73,8 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         work.rename(folder)
         _sync_folder(folder.parent)
     finally:
+        if former.exists() and not folder.exists():
+            former.rename(folder)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
 

@@ -26,7 +26,8 @@ class LowerLayers:
     """What the layers below the lowest one with a pair in training compute, for the batches of a run.
 
     ``cache_bytes`` bounds the activations that are kept (in packed batches; 0 keeps none). Their values do not depend
-    on whether they were kept, except for rounding: a batch of other size may be summed in another order.
+    on whether they were kept, except for rounding: a batch of other size may be summed in another order. So a run
+    forgets them at every checkpoint, where a resumed one has none.
     """
 
     def __init__(self, adapters: Adapters, cache_bytes: int) -> None:
