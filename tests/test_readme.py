@@ -7,7 +7,8 @@ import pytest
 
 from xgblora.cli import VERBS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +29,25 @@ def test_commands_name_verbs_and_scripts_that_exist() -> None:
     assert verbs <= set(VERBS)
     scripts = set(re.findall(r"large_models/\w+\.py", README))
     assert len(scripts) == 4
-    assert all((Path(__file__).parents[1] / script).is_file() for script in scripts)
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    assert all((ROOT / script).is_file() for script in scripts)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    promises = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", promises))
+    there = {name for file in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", _text(file))}
+    assert len(named) > 30
+    assert named <= there, named - there
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", _text(ROOT / page)):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
