@@ -8,6 +8,7 @@ import copy
 import gc
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def _training(config: RunConfig, architecture: PreTrainedConfig, rows: list[Exam
 def _measured() -> Iterator[list[int]]:
     """Bytes at the peak of the block, by torch's own record of what it allocates and frees."""
     peak: list[int] = []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells the console of its start and end
     gc.collect()  # else what was left before would be freed, and counted, at some moment of the block
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield peak
