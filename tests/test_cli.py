@@ -433,6 +433,55 @@ def test_corrupt_models(file: str, run: Run, small: list[str], model_folder: Pat
     assert not (tmp_path / "run").exists()
 
 
+OWN_CODE = """
+from pathlib import Path
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+Path({ran!r}).touch()
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+class OwnConfig(OPTConfig):
+    model_type = "own"
+class OwnModel(OPTForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_runs_only_where_it_is_trusted(
+    run: Run, small: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran, output = tmp_path / "model", tmp_path / "ran", tmp_path / "run"
+    shutil.copytree(model_folder, folder)
+    (folder / "own.py").write_text(OWN_CODE.format(ran=str(ran)), encoding="utf-8")
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"model_type": "own"}
+    described["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    described = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    described |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
+    flags = [*small, "--model_name", folder, "--xgblora", "--max_steps", 2, "--lora_target_modules", "q_proj"]
+    data = flags[flags.index("--data_dir") + 1]
+    commands = {
+        "check": ["check", *flags],
+        "tasks": ["tasks", "SST2", "--data_dir", data, "--model_name", folder],
+        "train": ["train", *flags, "--output_dir", output],
+        "stages": ["stages", output],
+        "export": ["export", output, "--format", "merged"],
+    }
+    for verb, command in commands.items():
+        ran.unlink(missing_ok=True)
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (2, 1), verb
+        assert "needs Python code that comes with it" in err, verb
+        assert not ran.exists(), verb
+        for name in [each for each in sys.modules if each.startswith("transformers_modules")]:
+            del sys.modules[name]  # or it would not run again
+        code, _, err = run(*command, "--trust_remote_code")
+        assert (code, err) == (0, ""), verb
+        assert ran.exists(), verb
+    assert json.loads((output / "config.json").read_text(encoding="utf-8"))["trust_remote_code"] is True
+
+
 def test_a_folder_with_something_else_is_refused(run: Run, small: list[str], tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
     code, _, err = run("train", *small, "--max_steps", 2, "--output_dir", tmp_path)

