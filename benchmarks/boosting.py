@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xgblora import RunConfig
+from xgblora.config import changed
 from xgblora.files import write_json
 from xgblora.run import Workspace, finished_metrics, run
 
@@ -123,7 +124,7 @@ class Runs:
         found = finished_metrics(config)
         if found is None:
             if self._workspace is None or self._workspace[0] != seed:
-                self._workspace = seed, Workspace(config)
+                self._workspace = seed, Workspace(changed(config, num_train=COMMON["num_train"]))
             found = run(config, self._workspace[1])
             print(f"{self.task}, {folder.name}: dev {found['dev_accuracy']:.3f}, {found['dev_loss']:.4f}", flush=True)
         return found

@@ -130,18 +130,36 @@ def test_bad_task_files(line: str, message: str, tmp_path: Path) -> None:
         load_task(tmp_path / "mine.yaml")
 
 
-@pytest.mark.parametrize("how", ["regular", "zo", "boost"])
-def test_an_assistant_is_trained(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By gradients it learns to say what it should, and to stop there; the other ways run."""
-    build(ARCHITECTURES["llama"]).save_pretrained(tmp_path / "model")
+def assistant(folder: Path) -> None:
+    """Conversations of one question and the answer yes, and a model with a chat template."""
+    build(ARCHITECTURES["llama"]).save_pretrained(folder / "model")
     chatting("{% for m in messages %}{{ m.role[0] }}{{ m.content }}</s>{% endfor %}"
-             "{% if add_generation_prompt %}a{% endif %}").save_pretrained(tmp_path / "model")  # fmt: skip
+             "{% if add_generation_prompt %}a{% endif %}").save_pretrained(folder / "model")  # fmt: skip
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]}
         for question in ("is it", "so", "really", "ok") * 10
     ]
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_comparison_of_conversations_has_no_row_in_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assistant(tmp_path)
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+    command = f"compare --model_name {tmp_path / 'model'} --task_file {tmp_path / 'mine.yaml'} --output_root {tmp_path}"
+    command += " --num_train 8 --num_eval 4 --max_steps 2 --seeds 0 --use_cpu true --disable_tqdm true"
+    assert main(command.split()) == 0
+    assert "Run 2 of 2: xgblora_seed0" in capsys.readouterr().out
+    assert main([*command.split(), "--methods", "in-context"]) == 2
+    assert "is made of conversations, which take no demonstrations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["regular", "zo", "boost"])
+def test_an_assistant_is_trained(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By gradients it learns to say what it should, and to stop there; the other ways run."""
+    assistant(tmp_path)
     flags = "--num_train 32 --num_eval 8"
     if how == "boost":
         flags += " --recipe boost --boost_boosters 1"

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import write_rows
-from xgblora import RunConfig
+from xgblora import RunConfig, XgbloraError
 from xgblora.cli import main
+from xgblora.run import Workspace
+from xgblora.run import run as carry_out
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -90,13 +93,19 @@ def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -
     assert metrics["evaluation_split"] == "validation"
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     assert summary["methods"]["LoRA+ZO"]["accuracy"] == summary["methods"]["XGBLoRA+ZO"]["accuracy"]
+    # The baseline that costs no training, with other examples for each seed.
+    assert list(summary["methods"]) == ["LoRA+ZO", "XGBLoRA+ZO", "in-context"]
+    baseline = [each for each in summary["runs"] if each["method"] == "in-context"]
+    assert [each["rows"]["train"] for each in baseline] == [8, 8]
+    assert baseline[0]["eval_loss"] != baseline[1]["eval_loss"] != metrics["zero_shot_loss"]
+    assert {each["zero_shot_loss"] for each in summary["runs"]} == {metrics["zero_shot_loss"]}
     for figure in ("curve.png", "summary.png", "merge_eval.png", "eval.png"):
         assert (root / figure).read_bytes().startswith(b"\x89PNG"), figure
     # The same command on a finished comparison says so and leaves the runs alone.
     before = (root / "lora_seed0" / "metrics.json").stat().st_mtime_ns
     code, out, _ = run(*command)
     assert code == 0
-    assert "All 4 runs of" in out
+    assert "All 6 runs of" in out
     assert (root / "lora_seed0" / "metrics.json").stat().st_mtime_ns == before
 
 
@@ -125,7 +134,7 @@ def test_skip_completed_goes_on_and_never_reuses_another_configuration(
     before = kept.stat().st_mtime_ns
     code, _, err = run(*command)
     assert code == 2
-    assert "unfinished comparison (1 of 2 runs complete): go on with --skip_completed" in err
+    assert "unfinished comparison (2 of 3 runs complete): go on with --skip_completed" in err
     assert run(*command, "--skip_completed")[0] == 0
     assert kept.stat().st_mtime_ns == before
     assert (tmp_path / "xgblora_seed0" / "metrics.json").is_file()
@@ -612,6 +621,29 @@ def test_learning_in_context_beside_lora(run: Run, small: list[str], tmp_path: P
     assert all((tmp_path / f"{name}.png").is_file() for name in ("loss", "eval", "summary"))
     assert "identical" not in out
     assert "All 4 runs" in run(*command)[1]
+
+
+def test_few_training_rows_are_all_shown_in_context(run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = ["--num_train", 4, "--seeds", 0, "--max_steps", 2]
+    assert run("compare", "--output_root", tmp_path, *small, *flags)[0] == 0
+    metrics = json.loads((tmp_path / "in-context_seed0" / "metrics.json").read_text("utf-8"))
+    assert metrics["rows"]["train"] == 4
+
+
+def test_a_workspace_serves_runs_of_its_own_rows(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Else a run would train on other rows than its record says."""
+
+    def config(**flags: Any) -> RunConfig:
+        common = {"model_name": str(model_folder), "data_dir": str(data_folder), "task_name": "SST2", "num_eval": 4}
+        common |= {"max_steps": 1, "num_dev": 4, "use_cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path)}
+        return RunConfig(**common | flags)
+
+    workspace = Workspace(config(num_train=20))
+    for flags in ({"num_train": 10}, {"num_train": 40}, {"num_train": 30, "trainer": "none"}):
+        with pytest.raises(XgbloraError, match="a workspace of --num_train 20 does not serve"):
+            carry_out(config(**flags), workspace)
+    assert not list(tmp_path.iterdir())
+    assert carry_out(config(num_train=2, trainer="none"), workspace)["rows"]["train"] == 2
 
 
 def test_a_flag_that_an_older_version_lacked_has_its_default(run: Run, small: list[str], tmp_path: Path) -> None:

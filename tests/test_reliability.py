@@ -245,15 +245,15 @@ def test_a_comparison_goes_on_in_the_arm_it_was_killed_in(small: list[str], tmp_
     process.kill()
     process.join()
     before = log.read_text(encoding="utf-8")
-    assert "Run 3 of 4" in before
-    assert "Run 4 of 4" not in before
+    assert "Run 3 of 6" in before
+    assert "Run 4 of 6" not in before
     kept = {
         arm: (tmp_path / "killed" / arm / "metrics.json").stat().st_mtime_ns for arm in ("lora_seed0", "lora_seed1")
     }
     finish(compare("killed"), log)
     after = log.read_text(encoding="utf-8").removeprefix(before)
     assert after.count("Resuming from") == 1
-    assert "Run 1 of 4" not in after
+    assert "Run 1 of 6" not in after
     for arm in ("lora_seed0", "lora_seed1", "xgblora_seed0", "xgblora_seed1"):
         same_run(tmp_path / "whole" / arm, tmp_path / "killed" / arm)
     assert kept == {arm: (tmp_path / "killed" / arm / "metrics.json").stat().st_mtime_ns for arm in kept}

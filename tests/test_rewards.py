@@ -342,7 +342,9 @@ def test_a_comparison_by_reward(own: str, tmp_path: Path, model_folder: Path, da
     command += " --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --lora_rank 1 --max_steps 12 --eval_steps 4"
     assert main([*command.split(), "--xgblora_steps_per_iteration", "12", "--reward", f"{own}:great"]) == 0
     summary = json.loads((tmp_path / "all" / "summary.json").read_text(encoding="utf-8"))
-    assert {"LoRA+ZO", "XGBLoRA+ZO"} == {name for name, found in summary["methods"].items() if "reward" in found}
+    assert {"LoRA+ZO", "XGBLoRA+ZO", "in-context"} == {
+        name for name, found in summary["methods"].items() if "reward" in found
+    }
     curves = sorted((tmp_path / "all").rglob("training_loss.jsonl"))
     assert len(curves) == 2
     assert curves[0].read_text(encoding="utf-8") == curves[1].read_text(encoding="utf-8")

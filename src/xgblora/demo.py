@@ -21,7 +21,8 @@ class DemoConfig(ExperimentConfig):
     task_name: str = HfArg(default="RottenTomatoes", help="Name of the task.")
     output_root: str | None = HfArg(default="demo", help="Folder of the results.")
     methods: list[str] = HfArg(
-        default_factory=lambda: ["lora", "xgblora", "boost"], help="LoRA, XGBLoRA, and XGBLoRA by --recipe boost."
+        default_factory=lambda: ["lora", "xgblora", "boost", "in-context"],
+        help="LoRA, XGBLoRA, XGBLoRA by --recipe boost, and examples in the prompt.",
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Seeds; each method is trained once with each.")
     max_steps: int = HfArg(default=200, help="Training steps of each method.")

@@ -12,7 +12,8 @@ from xgblora.config import Method, Recipe, RunConfig, arm, of_recipe
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.report import Curves, draw_eval, draw_loss, draw_merge_eval, draw_summary, read_curves, summarise
-from xgblora.run import CONFIG, METRICS, Workspace, finished_metrics, run
+from xgblora.run import CONFIG, METRICS, Workspace, finished_metrics, run, task_of
+from xgblora.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,13 @@ class ExperimentConfig(RunConfig):
     output_root: str | None = HfArg(default=None, help="Folder of the comparison; default runs/<verb>_<task>.")
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds; each arm is trained once with each.")
     methods: list[str] = HfArg(
-        default_factory=lambda: ["lora", "xgblora"],
-        help="What compare compares: lora, xgblora, boost (XGBLoRA by --recipe boost), in-context (nothing trained).",
+        default_factory=list,
+        help="What compare compares: lora, xgblora, boost (XGBLoRA by --recipe boost), in-context (nothing trained). "
+        "Default: lora, xgblora and, where the task is no conversation, in-context.",
     )
     in_context_examples: int = HfArg(
-        default=8, help="Method in-context: answered training examples in front of every prompt."
+        default=8,
+        help="Method in-context: answered examples in front of every prompt, drawn by the seed from the training rows.",
     )
     skip_completed: bool = HfArg(
         default=False, help="Go on with a broken comparison: keep finished runs, resume the unfinished one."
@@ -55,14 +58,14 @@ class ExperimentConfig(RunConfig):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise XgbloraError(f"--seeds must be different numbers of 0 or more, got {self.seeds}")
         known = get_args(Method)
-        if not self.methods or len(set(self.methods)) != len(self.methods) or not set(self.methods) <= set(known):
+        if len(set(self.methods)) != len(self.methods) or not set(self.methods) <= set(known):
             raise XgbloraError(f"--methods must be different ones of {', '.join(known)}, got {' '.join(self.methods)}")
         super().__post_init__()
 
     @property
     def makes_boosters(self) -> bool:
         """Whether any arm has boosters: those start from ``--init_adapter``, arms of LoRA do not."""
-        return not set(self.methods) <= {"lora", "in-context"}
+        return not self.methods or not set(self.methods) <= {"lora", "in-context"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Result:
 def arms(config: ExperimentConfig) -> list[RunConfig]:
     """The configuration of every run, without flags that another arm's recipe was given them for."""
     root = Path(str(config.output_root))
-    recipes: dict[str, Recipe] = {method: "boost" if method == "boost" else "classic" for method in config.methods}
+    methods = config.methods or ["lora", "xgblora"] + ["in-context"] * isinstance(task_of(config), Task)
+    recipes: dict[str, Recipe] = {method: "boost" if method == "boost" else "classic" for method in methods}
     runs = []
     for method, recipe in recipes.items():
         of_others: dict[str, Any] = {}
@@ -85,7 +89,7 @@ def arms(config: ExperimentConfig) -> list[RunConfig]:
         for seed in config.seeds:
             folder = str(root / f"{method}_seed{seed}")
             if method == "in-context":
-                of_others |= {"num_train": config.in_context_examples}
+                of_others |= {"num_train": min(config.in_context_examples, config.train_rows)}
             runs.append(arm(config, cast(Method, method), seed=seed, data_seed=seed, output_dir=folder, **of_others))
     return runs
 

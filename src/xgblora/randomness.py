@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Purpose = Literal["pair", "direction", "split", "layers", "search"]
+Purpose = Literal["pair", "direction", "split", "layers", "search", "demonstrations"]
 
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
@@ -24,6 +25,7 @@ from xgblora.generation import Writer
 from xgblora.interruption import LOCK, StopAtSignal, alone_in
 from xgblora.models import context_length, decoder_layers, load_model
 from xgblora.packing import Example, choose_route
+from xgblora.randomness import generator
 from xgblora.record import EVAL_LOSS, TRAINING_LOSS, CurveRecorder, PeakMemory
 from xgblora.residual import require_writers, residual_writers
 from xgblora.rewards import Reward, load_reward, reward_file
@@ -66,6 +68,7 @@ class Workspace:
         hide_bars(config)
         self.task = task_of(config)
         self.contents = contents(config)
+        self.num_train = config.train_rows
         splits = load_splits(self.task, config.data_dir)
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
         samples = sample(splits, config.train_rows, self.num_dev, config.num_eval, config.train_set_seed)
@@ -118,10 +121,15 @@ class Workspace:
         return score(eval_rows, self.eval_split), score(dev_rows, "dev") if dev_rows else None
 
     def in_context(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
-        """The scores with the first training rows of a run, answered, in front of every prompt."""
-        shown = [row for row, _ in zip(self._samples.train, range(config.train_rows), strict=False)]
-        rows = self._encoded(self._samples.eval, shown), self._encoded(self._samples.dev, shown)
-        return self.scores(config, f"{len(shown)} in context", rows)
+        """The scores with as many training rows as the run has, answered, in front of every prompt.
+
+        Its seed draws them, and their order.
+        """
+        rows = self._samples.train
+        drawn = torch.randperm(len(rows), generator=generator(config.seed, "demonstrations")).tolist()
+        shown = [rows[number] for number in drawn[: config.train_rows]]
+        asked = self._encoded(self._samples.eval, shown), self._encoded(self._samples.dev, shown)
+        return self.scores(config, f"{len(shown)} in context", asked)
 
     def zero_shot(self, config: RunConfig) -> tuple[Evaluation, Evaluation | None]:
         """The scores before any training, taken once. Fresh adapters (B = 0) change no bit of them."""
@@ -133,7 +141,8 @@ class Workspace:
 def run(config: RunConfig, workspace: Workspace | None = None) -> dict[str, Any]:
     """Carry out one run, or resume it, or return the metrics it already has; see :func:`prepare_folder`.
 
-    ``workspace`` saves loading model and data again. Returns the content of ``metrics.json``.
+    ``workspace``, of a run with the same model and data, saves loading them again. Returns the content of
+    ``metrics.json``.
 
     In the main thread, Ctrl-C or SIGTERM lets the step in progress finish, saves a checkpoint and raises
     :class:`~xgblora.interruption.Interrupted`; a second one raises it at once.
@@ -156,6 +165,9 @@ def _run(
 ) -> dict[str, Any]:
     """``held``: holds the lock on the folder until the run is over."""
     workspace = workspace or Workspace(config)
+    most = workspace.num_train
+    if config.train_rows > most or (config.trainer != "none" and config.train_rows < most):
+        raise XgbloraError(f"a workspace of --num_train {most} does not serve a run of --num_train {config.train_rows}")
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
     set_seed(config.seed)
     metrics: dict[str, Any] = {
