@@ -1,17 +1,18 @@
 """Methods against each other within the work of 500 two-sided steps of 16 examples, counted in tokens forwarded.
 
     python benchmarks/boosting.py [--tasks RottenTomatoes IMDB40 DebianSections] [--methods boost zo_lora_r1 ...]
-                                  [--seeds 0 1 2 3 4] [--output_root runs/boosting]
+                                  [--seeds 0 1 2 3 4] [--fixed zo_lora_r1=3e-3 ...] [--output_root runs/boosting]
 
 SmolLM2-135M in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows; every seed draws its own training and
 dev rows, the same ones for all methods. The learning rate (for boost: the ridge) of a method is, for each task, the
-one of its three trials with the lowest dev loss at the first seed; test rows choose nothing. Finished runs are kept,
-so the same command goes on where it was stopped. Written: ``results.json`` for each task, and a table on the console
-with the mean over seeds, the difference to boost paired by seed, and its 95 % bootstrap interval; with several tasks,
-also the mean over them; and ``accuracy.png``.
+one of its three trials with the lowest dev loss at the first seed, or what ``--fixed`` says; test rows choose nothing.
+Finished runs are kept, so the same command goes on where it was stopped. Written: ``results.json`` for each task, and
+a table on the console with the mean over seeds, the difference to boost paired by seed, and its 95 % bootstrap
+interval; with several tasks, also the mean over them; and ``accuracy.png``.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ LABELS = {
 class Runs:
     """Runs of the comparison, each carried out once."""
 
-    def __init__(self, root: Path, task: str, steps: int) -> None:
+    def __init__(self, root: Path, task: str, steps: int, fixed: Mapping[str, float]) -> None:
         self.root = root / task
         self.task = task
         self.steps = steps
+        self.fixed = fixed
         self._workspace: tuple[int, Workspace] | None = None
 
     def metrics(self, method: str, value: float, seed: int) -> dict[str, Any]:
@@ -130,7 +132,9 @@ class Runs:
         return found
 
     def tuned(self, method: str, seed: int) -> float:
-        """The trial with the lowest dev loss."""
+        """The trial with the lowest dev loss, where the value is not fixed."""
+        if method in self.fixed:
+            return self.fixed[method]
         trials = METHODS[method][2]
         return min(trials, key=lambda value: self.metrics(method, value, seed)["dev_loss"])
 
@@ -157,7 +161,7 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, 
         row |= {"test": accuracies[method].tolist()} | difference(accuracies, method)
         for name in ("dev_accuracy", "eval_loss", "forward_sequences", "forward_tokens", "training_seconds"):
             row[name] = float(np.mean([metrics.get(name, 0.0) for metrics in group]))
-        row["peak_memory_mb"] = float(np.max([metrics.get("peak_memory_mb", np.nan) for metrics in group]))
+        row["peak_memory_mb"] = max((metrics.get("peak_memory_mb", 0.0) for metrics in group), default=0.0)
         row["zero_shot"] = 100 * float(np.mean([metrics["zero_shot_accuracy"] for metrics in group]))
         rows.append(row)
     table = _table(f"{runs.task}, {found[methods[0]][0]['rows']['evaluation']:,} test rows, {len(seeds)} seeds")
@@ -228,9 +232,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--output_root", type=Path, default=Path("runs/boosting"))
     parser.add_argument("--steps", type=int, default=STEPS, help="Steps of the methods that take steps.")
+    parser.add_argument("--fixed", nargs="+", default=[], help="METHOD=VALUE: no trials of this method.")
     asked = parser.parse_args()
+    fixed = {method: float(value) for method, value in (each.split("=") for each in asked.fixed)}
+    if strangers := fixed.keys() - set(asked.methods):
+        parser.error(f"--fixed names {', '.join(sorted(strangers))}, which --methods does not")
     tables = {
-        task: compare(Runs(asked.output_root, task, asked.steps), asked.methods, asked.seeds) for task in asked.tasks
+        task: compare(Runs(asked.output_root, task, asked.steps, fixed), asked.methods, asked.seeds)
+        for task in asked.tasks
     }
     draw(tables, asked.output_root / "accuracy.png")
     if len(tables) > 1:
