@@ -55,24 +55,22 @@ def load_model(
 
 def load_tokenizer(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a model that :func:`load_model` takes, without its weights. Raises as that does."""
-    path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
     with _reading("tokenizer of", name):
-        if name == EMBEDDED_MODEL:
-            return AutoTokenizer.from_pretrained(str(_converted(path)))
-        if path.suffix.lower() == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return _read_part(AutoTokenizer, name, trust_remote_code)
 
 
 def load_model_config(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model that :func:`load_model` takes, without its weights. Raises as that does."""
-    path = embedded_model_file() if name == EMBEDDED_MODEL else Path(name)
     with _reading("configuration of", name):
-        if name == EMBEDDED_MODEL:
-            return AutoConfig.from_pretrained(str(_converted(path)))
-        if path.suffix.lower() == ".gguf":
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return _read_part(AutoConfig, name, trust_remote_code)
+
+
+def _read_part(reader: Any, name: str, trusted: bool) -> Any:
+    if name == EMBEDDED_MODEL:
+        return reader.from_pretrained(str(_converted(embedded_model_file())))
+    if (path := Path(name)).suffix.lower() == ".gguf":
+        return reader.from_pretrained(str(path.parent), gguf_file=path.name)
+    return reader.from_pretrained(name, trust_remote_code=trusted)
 
 
 @contextlib.contextmanager
