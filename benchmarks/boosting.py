@@ -161,7 +161,7 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, 
         row |= {"test": accuracies[method].tolist()} | difference(accuracies, method)
         for name in ("dev_accuracy", "eval_loss", "forward_sequences", "forward_tokens", "training_seconds"):
             row[name] = float(np.mean([metrics.get(name, 0.0) for metrics in group]))
-        row["peak_memory_mb"] = max((metrics.get("peak_memory_mb", 0.0) for metrics in group), default=0.0)
+        row["peak_memory_mb"] = max(metrics.get("peak_memory_mb", 0.0) for metrics in group)
         row["zero_shot"] = 100 * float(np.mean([metrics["zero_shot_accuracy"] for metrics in group]))
         rows.append(row)
     table = _table(f"{runs.task}, {found[methods[0]][0]['rows']['evaluation']:,} test rows, {len(seeds)} seeds")

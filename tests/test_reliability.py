@@ -193,7 +193,7 @@ def test_a_signal_at_a_merge_ends_the_step_and_saves(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of this kind are not sent there")
 def test_a_second_signal_stops_at_once_and_the_checkpoint_is_whole(small: list[str], tmp_path: Path) -> None:
-    """A step that takes long: 300 perturbations of large batches."""
+    """A step that takes long: 20,000 perturbations."""
     log, folder = tmp_path / "log.txt", tmp_path / "run"
     flags = "--lora --zo_num_perturbations 20000 --max_steps 2 --save_steps 1".split()
     process = start(["train", "--output_dir", str(folder), *small, *flags], log)
@@ -430,7 +430,9 @@ for text in ("first", "second"):
 """
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.skipif(os.name == "nt", reason=""))])
+@pytest.mark.parametrize(
+    "killed", [False, pytest.param(True, marks=pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there"))]
+)
 def test_the_former_folder_outlasts_the_moment_between_two_renames(killed: bool, tmp_path: Path) -> None:
     code = RENAME.format(root=str(tmp_path), killed=killed)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)

@@ -79,7 +79,9 @@ class Result:
 def arms(config: ExperimentConfig) -> list[RunConfig]:
     """The configuration of every run, without flags that another arm's recipe was given them for."""
     root = Path(str(config.output_root))
-    methods = config.methods or ["lora", "xgblora"] + ["in-context"] * isinstance(task_of(config), Task)
+    methods = config.methods or ["lora", "xgblora", "in-context"]
+    if not config.methods and not isinstance(task_of(config), Task):
+        methods.remove("in-context")  # conversations take no demonstrations
     recipes: dict[str, Recipe] = {method: "boost" if method == "boost" else "classic" for method in methods}
     runs = []
     for method, recipe in recipes.items():
