@@ -25,7 +25,10 @@ from rich.table import Table
 from xgblora import RunConfig
 from xgblora.config import changed
 from xgblora.files import write_json
-from xgblora.run import Workspace, finished_metrics, run
+from xgblora.report import RunResult
+from xgblora.runs.folder import finished_result
+from xgblora.runs.run import run
+from xgblora.runs.workspace import Workspace
 
 STEPS = 500
 COMMON: dict[str, Any] = {
@@ -33,9 +36,7 @@ COMMON: dict[str, Any] = {
     "num_train": 1000,
     "num_dev": 500,
     "num_eval": 2000,
-    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
-    "max_steps": STEPS,
     "save_strategy": "no",
     "disable_tqdm": True,
 }
@@ -112,31 +113,32 @@ class Runs:
         self.fixed = fixed
         self._workspace: tuple[int, Workspace] | None = None
 
-    def metrics(self, method: str, value: float, seed: int) -> dict[str, Any]:
-        """Metrics of one run, from its folder where it is finished."""
+    def result(self, method: str, value: float, seed: int) -> RunResult:
+        """What one run reached, from its folder where it is finished."""
         flags, tuned, _ = METHODS[method]
         folder = self.root / f"{method}_{tuned}_{value:g}_seed{seed}"
-        values = COMMON | {"task_name": self.task, "max_steps": self.steps} | flags
+        paced = {} if "boost" in method else {"max_steps": self.steps, "per_device_train_batch_size": 16}
+        values = COMMON | {"task_name": self.task} | paced | flags
         options = TASKS[self.task].options
         if method == "boost" and isinstance(options, tuple) and len(options) > 2:
             values["boost_boosters"] = 8  # two for each of the four directions of five options' scores
         value = int(value) if tuned == "num_train" else value
         values |= {tuned: value, "seed": seed, "train_set_seed": seed, "output_dir": str(folder)}
         config = RunConfig(**values)
-        found = finished_metrics(config)
-        if found is None:
+        result = finished_result(config)
+        if result is None:
             if self._workspace is None or self._workspace[0] != seed:
                 self._workspace = seed, Workspace(changed(config, num_train=COMMON["num_train"]))
-            found = run(config, self._workspace[1])
-            print(f"{self.task}, {folder.name}: dev {found['dev_accuracy']:.3f}, {found['dev_loss']:.4f}", flush=True)
-        return found
+            result = run(config, self._workspace[1])
+            print(f"{self.task}, {folder.name}: dev {result.dev_accuracy:.3f}, {result.dev_loss:.4f}", flush=True)
+        return result
 
     def tuned(self, method: str, seed: int) -> float:
         """The trial with the lowest dev loss, where the value is not fixed."""
         if method in self.fixed:
             return self.fixed[method]
         trials = METHODS[method][2]
-        return min(trials, key=lambda value: self.metrics(method, value, seed)["dev_loss"])
+        return min(trials, key=lambda value: self.result(method, value, seed).dev_loss or 0.0)
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -150,21 +152,21 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:
     """Run what is missing of one task, print and write the comparison; returns a row for each method."""
     chosen = {method: runs.tuned(method, seeds[0]) for method in methods}
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    results: dict[str, list[RunResult]] = {method: [] for method in methods}
     for seed in seeds:
         for method in methods:
-            found[method].append(runs.metrics(method, chosen[method], seed))
-    accuracies = {method: 100 * np.array([metrics["accuracy"] for metrics in found[method]]) for method in methods}
+            results[method].append(runs.result(method, chosen[method], seed))
+    accuracies = {method: 100 * np.array([result.accuracy for result in results[method]]) for method in methods}
     rows = []
-    for method, group in found.items():
+    for method, group in results.items():
         row: dict[str, Any] = {"method": method, METHODS[method][1]: chosen[method]}
         row |= {"test": accuracies[method].tolist()} | difference(accuracies, method)
         for name in ("dev_accuracy", "eval_loss", "forward_sequences", "forward_tokens", "training_seconds"):
-            row[name] = float(np.mean([metrics.get(name, 0.0) for metrics in group]))
-        row["peak_memory_mb"] = max(metrics.get("peak_memory_mb", 0.0) for metrics in group)
-        row["zero_shot"] = 100 * float(np.mean([metrics["zero_shot_accuracy"] for metrics in group]))
+            row[name] = float(np.mean([getattr(result, name) or 0.0 for result in group]))
+        row["peak_memory_mb"] = max(result.peak_memory_mb or 0.0 for result in group)
+        row["zero_shot"] = 100 * float(np.mean([result.zero_shot_accuracy for result in group]))
         rows.append(row)
-    table = _table(f"{runs.task}, {found[methods[0]][0]['rows']['evaluation']:,} test rows, {len(seeds)} seeds")
+    table = _table(f"{runs.task}, {results[methods[0]][0].rows['evaluation']:,} test rows, {len(seeds)} seeds")
     for title in ("tuned", "dev %", "test loss", "sequences", "tokens", "train s", "peak MB"):
         table.add_column(title, justify="right")
     for row in rows:
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="Steps of the methods that take steps.")
     parser.add_argument("--fixed", nargs="+", default=[], help="METHOD=VALUE: no trials of this method.")
     asked = parser.parse_args()
-    fixed = {method: float(value) for method, value in (each.split("=") for each in asked.fixed)}
+    fixed = {method: float(value) for method, value in (pair.split("=") for pair in asked.fixed)}
     if strangers := fixed.keys() - set(asked.methods):
         parser.error(f"--fixed names {', '.join(sorted(strangers))}, which --methods does not")
     tables = {

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from xgblora import Example, LayerSubset, RunConfig, Trainer, attach, encode, get_task, load_splits, sample
-from xgblora.record import PeakMemory
+from xgblora.training.record import PeakMemory
 
 DTYPES = ("float32", "bfloat16", "float16")
 

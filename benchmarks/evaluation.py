@@ -32,8 +32,8 @@ def plain(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int) 
                 ids = torch.tensor([[*row.prompt, *option]])
                 with torch.inference_mode():
                     logprobs = F.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
-                own = logprobs.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :]
-                scores.append(own.mean())
+                chosen = logprobs.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :]
+                scores.append(chosen.mean())
             losses.append(F.cross_entropy(torch.stack(scores)[None], torch.tensor([row.label])))
         loss = torch.stack(losses).mean().item()
         turns.done()
@@ -47,7 +47,7 @@ def ours(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int, b
     turns = get_turns()
     loss = 0.0
     while turns.wait():
-        loss = evaluate(model, rows, packed=True, batch_size=batch_size).loss
+        loss = evaluate(model, rows, batch_size=batch_size).loss
         turns.done()
     turns.result = {"loss": loss}
 
@@ -61,8 +61,8 @@ def main() -> None:
     asked = parser.parse_args()
     common = {"name": asked.model_name, "dtype": asked.dtype, "examples": asked.examples}
     contenders = {"plain": partial(plain, **common), "ours": partial(ours, batch_size=asked.batch_size, **common)}
-    found = contest(contenders, asked.rounds, warm_up=0)
-    seconds = found.seconds
+    times = contest(contenders, asked.rounds, warm_up=0)
+    seconds = times.seconds
     result = {
         "model_name": asked.model_name,
         "dtype": asked.dtype,
@@ -70,8 +70,8 @@ def main() -> None:
         "seconds": seconds,
         "plain_over_ours": seconds["plain"] / seconds["ours"],
         "examples_per_second": {name: asked.examples / taken for name, taken in seconds.items()},
-        "loss": {name: each["loss"] for name, each in found.results.items()},
-        "peak_mb": found.peak_mb,
+        "loss": {name: result["loss"] for name, result in times.results.items()},
+        "peak_mb": times.peak_mb,
     }
     publish(result, asked.json)
 

@@ -38,16 +38,16 @@ def main() -> None:
         "shared": partial(ours, layers=asked.layers, cache_gb=0, **common),
         "warm": partial(ours, layers=asked.layers, cache_gb=1, **common),
     }
-    found = contest(contenders, asked.rounds, warm_up=asked.rounds)  # the first time over the rows fills the cache
+    times = contest(contenders, asked.rounds, warm_up=asked.rounds)  # the first time over the rows fills the cache
     result = {
         "model_name": asked.model_name,
         "dtype": asked.dtype,
         "batch_size": asked.batch_size,
         "layers": asked.layers,
-        "seconds": found.seconds,
-        "full_over_shared": found.seconds["full"] / found.seconds["shared"],
-        "full_over_warm": found.seconds["full"] / found.seconds["warm"],
-        "peak_mb": found.peak_mb,
+        "seconds": times.seconds,
+        "full_over_shared": times.seconds["full"] / times.seconds["shared"],
+        "full_over_warm": times.seconds["full"] / times.seconds["warm"],
+        "peak_mb": times.peak_mb,
     }
     publish(result, asked.json)
 

@@ -21,13 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from xgblora import Example, Ledger, RunConfig, attach, load_model
-from xgblora.boosters import load_adapters
-from xgblora.export import write_gguf
-from xgblora.models import embedded_model_file
-from xgblora.objectives import option_scores
-from xgblora.packing import build_batch
-from xgblora.run import Workspace
+from xgblora import Example, Ledger, OptionLoss, RunConfig, attach, load_adapters, load_model
+from xgblora.adapters.export import write_gguf
+from xgblora.base.load import embedded_model_file
+from xgblora.runs.workspace import Workspace
 
 EVERY_LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -60,7 +57,8 @@ def ask(modules: Path, model: Path, adapter: Path | None, rows: Path) -> np.ndar
 @torch.no_grad()
 def ours(ledger: Ledger, rows: list[Example]) -> np.ndarray:
     """The same by this package, float32, each row in a forward of its own."""
-    scores = [option_scores(ledger.adapters.model, build_batch([row], False), normalised=True)[0] for row in rows]
+    base = ledger.adapters.base
+    scores = [OptionLoss().scores(base, base.batch([row]), normalised=True)[0] for row in rows]
     return np.array([(row[1] - row[0]).item() for row in scores])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from xgblora.randomness import generator
+from xgblora.randomness import Stream, generator
 from xgblora.tasks import TASKS
 from xgblora.tasks.rotten_tomatoes import hold_out, reviews
 from xgblora.tasks.task import Task
@@ -44,7 +44,7 @@ def _packages() -> list[dict[str, Any]]:
             rows[section].append({"name": package["Package"], "text": text, "label": SECTIONS.index(section)})
     kept = []
     for number, those in enumerate(rows.values()):
-        order = torch.randperm(len(those), generator=generator(0, "split", number)).tolist()
+        order = torch.randperm(len(those), generator=generator(0, Stream.SPLIT, number)).tolist()
         kept += [those[i] for i in order[:MOST_OF_A_SECTION]]
     return kept
 
@@ -57,7 +57,7 @@ def _names() -> Mapping[str, Dataset]:
     rows = [row for row in _packages() if not _named(row)]
     for number, row in enumerate(rows):
         others = [other["name"] for other in rows if other["label"] == row["label"] and other is not row]
-        draw = generator(0, "split", len(SECTIONS), number)
+        draw = generator(0, Stream.SPLIT, len(SECTIONS), number)
         shown = [row["name"], *(others[i] for i in torch.randperm(len(others), generator=draw).tolist()[:3])]
         row["names"] = [shown[i] for i in torch.randperm(4, generator=draw).tolist()]
     return hold_out(Dataset.from_list(rows), 1000)

@@ -17,11 +17,8 @@ import torch
 from contest import batches, real_rows
 from tqdm import tqdm
 
-from xgblora import attach, load_model
-from xgblora.inference_layout import inference_layout
-from xgblora.objectives import classification_loss
-from xgblora.packing import build_batch
-from xgblora.zo import direction_generators, estimate_batch
+from xgblora import OptionLoss, attach, load_model
+from xgblora.learn.estimators import Key, TwoSided
 
 LENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 POINTS = {"B = 0": 0.0, "B ~ 0.01": 0.01}
@@ -32,9 +29,9 @@ def projections(dtype: torch.dtype, count: int, size: int) -> dict[tuple[str, fl
     model, tokenizer = load_model(dtype=dtype)
     adapters = attach(model)
     chosen = batches(real_rows(tokenizer, 3200), size)[:count]
-    found = {}
+    projected = {}
     progress = tqdm(total=count * len(LENGTHS) * len(POINTS), desc=str(dtype))
-    with inference_layout(model):
+    with adapters.base.without_gradients():
         for point, spread in POINTS.items():
             draw = torch.Generator().manual_seed(0)
             for layer in adapters.layers.values():
@@ -42,13 +39,13 @@ def projections(dtype: torch.dtype, count: int, size: int) -> dict[tuple[str, fl
             for eps in LENGTHS:
                 parts = []
                 for step, rows in enumerate(chosen):
-                    draws = direction_generators(0, step, 0, 1)
-                    batch = build_batch(rows)
-                    estimate = estimate_batch(adapters, classification_loss, batch, draws, eps, "per_example")
+                    batch = adapters.base.batch(rows)
+                    estimate = TwoSided(eps)(adapters, OptionLoss(), batch, Key(0, step))
+                    assert estimate.projected is not None
                     parts.append(estimate.projected)
                     progress.update()
-                found[point, eps] = torch.cat(parts).double()
-    return found
+                projected[point, eps] = torch.cat(parts).double()
+    return projected
 
 
 def main() -> None:

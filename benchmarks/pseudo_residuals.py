@@ -19,17 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from xgblora import Example, LayerSubset, RunConfig, attach, evaluate
-from xgblora.inference_layout import inference_layout
-from xgblora.objectives import score_losses
-from xgblora.residual import Tail
-from xgblora.residual.activations import Forwards, Observed, TailLoss
-from xgblora.residual.boost import MOST_READS, put
-from xgblora.residual.fit import Kernel, fit
-from xgblora.residual.teacher import without
-from xgblora.run import Workspace
+from xgblora import Base, Example, LayerSubset, OptionLoss, RunConfig, attach, evaluate
+from xgblora.learn.fitted.activations import Forwards, Observed, TailLoss
+from xgblora.learn.fitted.boost import MOST_READS, put
+from xgblora.learn.fitted.fit import Kernel, fit
+from xgblora.learn.fitted.teacher import without
+from xgblora.runs.workspace import Workspace
 
 DROPPED = "attention, opinion dropped"
 TARGETS = {
@@ -44,40 +40,38 @@ RIDGES = (0.3, 1.0, 3.0, 10.0)
 STEPS = (0.5, 1.0, 2.0, 3.0, 4.0)
 
 
-def predicted(tail: Tail, seen: Observed, shift: Tensor | float = 0.0) -> Tensor:
+def predicted(forwards: Forwards, seen: Observed, shift: Tensor | float = 0.0) -> Tensor:
     """Option scores (rows, options) if final hidden states moved by ``shift`` (rows, hidden)."""
-    loss = TailLoss(tail, seen, classification=True)
-    ((batch, _),) = loss.parts  # options of one token: one part
-    return tail.scores(seen.hidden + shift, batch, False)
+    ((batch, _),) = TailLoss(forwards, seen).parts  # options of one token: one part
+    return forwards.tail.scores(seen.hidden + shift, batch, False)
 
 
 def score(scores: Tensor, label: Tensor) -> tuple[float, float]:
     """Accuracy and mean loss."""
-    return (scores.argmax(1) == label).float().mean().item(), score_losses(scores, label, True).mean().item()
+    return (scores.argmax(1) == label).float().mean().item(), OptionLoss().of_scores(scores, label).mean().item()
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) -> list[dict[str, Any]]:
+def measure(base: Base, train: list[Example], dev: list[Example]) -> list[dict[str, Any]]:
     """All rows of the tables for one draw of training and dev rows."""
     rows: list[dict[str, Any]] = []
     label = torch.tensor([e.label for e in sorted(dev, key=lambda e: len(e.prompt))])
     for kind, targets in TARGETS.items():
         for where, count in LAYERS.items():
-            adapters = attach(model, 1, 1, targets, xgblora=True, layers=LayerSubset(count, "top"))
-            tail = Tail(model, packed=True)
-            with inference_layout(model):
-                forwards = Forwards(adapters, True, True, None)
+            adapters = attach(base, 1, 1, targets, xgblora=True, layers=LayerSubset(count, "top"))
+            with base.without_gradients():
+                forwards = Forwards(adapters, OptionLoss())
                 seen, held_out = forwards.observe(train, MOST_READS), forwards.observe(dev, MOST_READS)
                 kernel = Kernel(seen.inputs)
-                loss = TailLoss(tail, seen, classification=True)
-                before = predicted(tail, held_out)
+                loss = TailLoss(forwards, seen)
+                before = predicted(forwards, held_out)
                 outputs = None
                 if kind == DROPPED:
                     outputs = fit(seen, loss, 1.0, kernel=kernel).outputs
                     seen, held_out = (replace(o, hidden=without(o.hidden, outputs)) for o in (seen, held_out))
                 for ridge in RIDGES:
                     learner = fit(seen, loss, ridge, outputs=outputs, kernel=kernel)
-                    after = predicted(tail, held_out, learner.at(held_out) @ learner.outputs)
+                    after = predicted(forwards, held_out, learner.at(held_out) @ learner.outputs)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
                     if (kind, where, ridge) != FOLLOWED:
@@ -85,10 +79,11 @@ def measure(model: PreTrainedModel, train: list[Example], dev: list[Example]) ->
                     wanted = (after - before).diff(dim=1)[:, 0]
                     for step in STEPS:
                         put(adapters, learner, step)
-                        found = (predicted(tail, forwards.observe(dev, MOST_READS)) - before).diff(dim=1)[:, 0]
-                        real = evaluate(model, dev, True, 64)
-                        correlation = torch.corrcoef(torch.stack([wanted, found]))[0, 1].item()
-                        slope = ((wanted @ found) / (wanted @ wanted) / step).item()
+                        realised = predicted(forwards, forwards.observe(dev, MOST_READS))
+                        moved = (realised - before).diff(dim=1)[:, 0]
+                        real = evaluate(base, dev, batch_size=64)
+                        correlation = torch.corrcoef(torch.stack([wanted, moved]))[0, 1].item()
+                        slope = ((wanted @ moved) / (wanted @ wanted) / step).item()
                         rows.append({"step": step, "accuracy": real.accuracy, "loss": real.loss})
                         rows[-1] |= {"correlation": correlation, "slope": slope}
             adapters.detach()
@@ -101,19 +96,19 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    found = []
+    tables = []
     for seed in asked.seeds:
         config = RunConfig(output_dir="unused", load_bfloat16=True, disable_tqdm=True, train_set_seed=seed, num_eval=1)
         workspace = Workspace(config)
-        found.append(measure(workspace.model, workspace.train, workspace.dev))
-    for same in zip(*found, strict=True):
+        tables.append(measure(workspace.base, workspace.train, workspace.dev))
+    for same in zip(*tables, strict=True):
         mean = {
             name: sum(row[name] for row in same) / len(same) if isinstance(value, float) else value
             for name, value in same[0].items()
         }
         print("  ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{v}" for n, v in mean.items()), flush=True)
     if asked.json:
-        asked.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        asked.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,17 +48,17 @@ def point(get_turns: Callable[[], Turns], dtype: str, where: dict[str, int]) -> 
     train_in_turns(get_turns, model, rows, at["size"], at["boosters"])
 
 
-def draw_growth(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_growth(answers: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel a question: seconds a step, and peak memory beside it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(found), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(found), squeeze=False)
-    for column, (question, points) in enumerate(found.items()):
-        xs = [str(each["at"]) for each in points]
+    figure = Figure(figsize=(3.4 * len(answers), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(answers), squeeze=False)
+    for column, (question, points) in enumerate(answers.items()):
+        xs = [str(measured["at"]) for measured in points]
         for row, (key, label) in enumerate((("seconds", "seconds a step"), ("peak_mb", "peak memory, MB"))):
             axis = axes[row][column]
-            axis.bar(xs, [each[key] for each in points], color=("#4477aa", "#66ccee")[row])
+            axis.bar(xs, [measured[key] for measured in points], color=("#4477aa", "#66ccee")[row])
             axis.bar_label(axis.containers[0], fmt="%.2f" if key == "seconds" else "%.0f", fontsize=8)
             axis.set_xlabel({"prompt": "tokens of a prompt", "depth": "layers"}.get(question, question))
             axis.spines[["top", "right"]].set_visible(False)
@@ -77,31 +77,31 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
     for question in asked.only:
-        points = {json.dumps(each): each for each in QUESTIONS[question]}
-        contenders = {name: partial(point, dtype=asked.dtype, where=each) for name, each in points.items()}
+        points = {json.dumps(where): where for where in QUESTIONS[question]}
+        contenders = {name: partial(point, dtype=asked.dtype, where=where) for name, where in points.items()}
         outcome = contest(contenders, asked.rounds)
         first = next(iter(points))
-        found[question] = [
+        answers[question] = [
             {
-                "at": next(iter(each.values())),
+                "at": next(iter(where.values())),
                 "seconds": outcome.seconds[name],
                 "over_first": outcome.seconds[name] / outcome.seconds[first],
                 "peak_mb": outcome.peak_mb[name],
             }
-            for name, each in points.items()
+            for name, where in points.items()
         ]
-        for each in found[question]:
+        for measured in answers[question]:
             print(
-                f"{question} {each['at']}: {each['seconds']:.3f} s ({each['over_first']:.2f} x the first), "
-                f"{each['peak_mb']:.0f} MB",
+                f"{question} {measured['at']}: {measured['seconds']:.3f} s ({measured['over_first']:.2f} x the first), "
+                f"{measured['peak_mb']:.0f} MB",
                 flush=True,
             )
     if asked.json:
-        asked.json.write_text(json.dumps({"dtype": asked.dtype, **found}, indent=2) + "\n", encoding="utf-8")
+        asked.json.write_text(json.dumps({"dtype": asked.dtype, **answers}, indent=2) + "\n", encoding="utf-8")
     if asked.figure:
-        draw_growth(found, asked.figure)
+        draw_growth(answers, asked.figure)
 
 
 if __name__ == "__main__":

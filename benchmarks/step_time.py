@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from contest import DTYPES, Turns, arguments, batches, contest, publish, real_rows, train_in_turns
 from peft import LoraConfig, get_peft_model
 
-from xgblora import Example, load_model
-from xgblora.packing import build_batch, read_hidden
+from xgblora import Base, Example, load_model
 
 ROWS = 3200
 
@@ -31,13 +30,13 @@ ROWS = 3200
 def floor(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> None:
     """Two forwards of the base over the real tokens."""
     model, tokenizer = load_model(name, getattr(torch, dtype))
-    rows = cycle(batches(real_rows(tokenizer, ROWS), size))
+    base, rows = Base(model), cycle(batches(real_rows(tokenizer, ROWS), size))
     turns = get_turns()
     with torch.inference_mode():
         while turns.wait():
-            batch = build_batch(next(rows))
-            for _ in range(2):
-                read_hidden(model, batch)
+            batch = base.batch(next(rows))
+            for _ in base.hidden([batch, batch]):
+                pass
             turns.done()
 
 
@@ -64,10 +63,10 @@ def padded_rows(rows: Sequence[Example], options: str) -> tuple[torch.Tensor, to
 def mean_logprobs(model: Any, ids: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Mean log-probability of each row's option, from the log-softmax of all positions over the vocabulary."""
     logprobs = F.log_softmax(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float(), dim=-1)
-    own = logprobs.gather(2, ids[:, 1:, None])[..., 0]
+    chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0]
     position = torch.arange(ids.shape[1] - 1)
     option = (position >= starts[:, None] - 1) & (mask[:, 1:] == 1)
-    return (own * option).sum(1) / option.sum(1)
+    return (chosen * option).sum(1) / option.sum(1)
 
 
 def mezo(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> None:
@@ -137,8 +136,8 @@ def main() -> None:
     }
     if asked.torch_compile:
         contenders["compiled"] = partial(ours, dtype=asked.dtype, torch_compile=True, **common)
-    found = contest({name: run for name, run in contenders.items() if name in (asked.only or contenders)}, asked.rounds)
-    seconds = found.seconds
+    times = contest({name: run for name, run in contenders.items() if name in (asked.only or contenders)}, asked.rounds)
+    seconds = times.seconds
     result: dict[str, Any] = {name: getattr(asked, name) for name in ("model_name", "dtype", "batch_size", "rounds")}
     result["mezo_dtype"] = asked.mezo_dtype or asked.dtype
     result["seconds"] = seconds
@@ -149,7 +148,7 @@ def main() -> None:
                 result["{}_over_{}".format(*pair)] = seconds[pair[0]] / seconds[pair[1]]
     if "ours" in seconds:
         result["examples_per_second"] = asked.batch_size / seconds["ours"]
-    result["peak_mb"] = found.peak_mb
+    result["peak_mb"] = times.peak_mb
     publish(result, asked.json)
 
 

@@ -30,9 +30,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from xgblora import Example, RunConfig, Trainer, attach
-from xgblora.boosters import Ledger, start_from
+from xgblora import Base, Batch, Example, Ledger, OptionLoss, RunConfig, Trainer, attach, start_from
+from xgblora.adapters import Adapters
+from xgblora.base.prefix import Prefix
 from xgblora.cli import main
+from xgblora.learn.estimators import Estimate, Key, TwoSided
+from xgblora.learn.losses import Loss
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -90,19 +93,40 @@ def train(
     """
     flags = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 3e-3, "zo_eps": 1e-2} | flags
     flags = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True} | flags
+    if flags.get("recipe") == "boost":  # a step is a booster: there is nothing to say about steps
+        for name in ("max_steps", "logging_steps"):
+            del flags[name]
     resume, packed, layers, start = (flags.pop(name, None) for name in ("resume", "packed", "layers", "start"))
     config = RunConfig(output_dir=str(folder), **flags)
     model = model or build(ARCHITECTURES["opt"])
-    adapters = attach(
-        model, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora, layers
-    )
+    base = Base(model, packed)
+    targets = config.lora_target_modules
+    adapters = attach(base, config.rank, config.lora_alpha, targets, config.seed, config.xgblora, layers)
     ledger = Ledger(adapters)
     if start:
         start_from(ledger, start)
-    rows = rows or examples(64)
-    trainer = Trainer(model, config, adapters, rows, examples(32, seed=1), packed=packed, ledger=ledger)
+    trainer = Trainer(model, config, ledger, rows or examples(64), examples(32, seed=1))
     trainer.train(resume_from_checkpoint=resume)
     return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def option_scores(model: Any, batch: Batch, normalised: bool = False) -> torch.Tensor:
+    """Scores of a batch's options (segments, options)."""
+    return OptionLoss().scores(Base.of(model), batch, normalised)
+
+
+def estimate(
+    adapters: Adapters,
+    batch: Batch,
+    loss: Loss | None = None,
+    prefix: Prefix | None = None,
+    step: int = 0,
+    seed: int = 0,
+    **settings: Any,
+) -> Estimate:
+    """A zeroth-order estimate of one batch."""
+    two_sided = TwoSided(**({"eps": 1e-2} | settings), prefix=prefix)
+    return two_sided(adapters, loss or OptionLoss(), batch, Key(seed, step))
 
 
 def train_by_command(folder: Path, model: Path, flags: str, task: str = "") -> dict[str, Any]:

@@ -141,15 +141,15 @@ def test_a_probe_equals_perturbed_parameters(rank: int, boosters: int, randomise
     randomise(adapters)
     eps, count = 0.05, 3
     z = torch.randn(count, adapters.size, generator=torch.Generator().manual_seed(1))
-    own = [(0, 1), (0, -1), (1, 1), (2, -1)]
-    ids = IDS[:1].repeat(len(own), 1)
-    select = torch.zeros(len(own), count)
-    for row, (direction, sign) in enumerate(own):
+    moves = [(0, 1), (0, -1), (1, 1), (2, -1)]
+    ids = IDS[:1].repeat(len(moves), 1)
+    select = torch.zeros(len(moves), count)
+    for row, (direction, sign) in enumerate(moves):
         select[row, direction] = sign * eps
     with torch.no_grad(), adapters.probing(Probe(z, select.repeat_interleave(ids.shape[1], 0))):
         probed = model(ids).logits
     with torch.no_grad():
-        for row, (direction, sign) in enumerate(own):
+        for row, (direction, sign) in enumerate(moves):
             saved = [p.clone() for p in adapters.parameters()]
             for layer, a, b in adapters.slices:
                 layer.lora_A += sign * eps * z[direction, a].view_as(layer.lora_A)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, build
 from xgblora import Adapters, Ledger, XgbloraError, attach, load_adapters, start_from
-from xgblora.adapters import BLOCK
+from xgblora.adapters.linear import BLOCK
 
 IDS = torch.tensor([[3, 17, 200, 41, 5, 9, 77, 33, 12]])
 
@@ -90,9 +90,9 @@ def test_no_booster_is_lost_to_rounding(dtype: torch.dtype) -> None:
     count = 400
     for number in range(count):
         with torch.no_grad():
-            for each in adapters.layers.values():
-                each.lora_A.fill_(1.0)
-                each.lora_B.fill_(size / each.scaling)
+            for adapted in adapters.layers.values():
+                adapted.lora_A.fill_(1.0)
+                adapted.lora_B.fill_(size / adapted.scaling)
             in_place += (layer.scaling * layer.lora_B @ layer.lora_A).to(dtype)
         ledger.merge(number + 1, f"step {number + 1}", 1.0)
     total = layer.scaling * layer.booster_B @ layer.booster_A
@@ -120,13 +120,13 @@ def test_peft_loads_what_is_saved(
 def test_a_ledger_reloads_bit_for_bit(tmp_path: Path, randomise: Callable[..., None]) -> None:
     model = build(ARCHITECTURES["opt"])
     adapters, ledger = with_boosters(model, randomise)
-    ledger.forward_passes = 7
+    ledger.training = {"forward_passes": 7}
     ledger.save(tmp_path)
     other = build(ARCHITECTURES["opt"])
     loaded = Ledger(attach(other, seed=5))
     loaded.load(tmp_path)
     assert loaded.boosters == ledger.boosters
-    assert loaded.forward_passes == 7
+    assert loaded.training == {"forward_passes": 7}
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     for mine, theirs in zip(dense_updates(adapters), dense_updates(loaded.adapters), strict=True):
         assert torch.equal(mine, theirs)
@@ -215,12 +215,12 @@ def test_other_adapters_are_refused(
 def test_what_a_run_needs_to_go_on_is_saved(randomise: Callable[..., None], tmp_path: Path) -> None:
     model = build(ARCHITECTURES["opt"])
     _, ledger = with_boosters(model, randomise, 2)
-    ledger.step_length, ledger.forward_passes, ledger.forward_sequences, ledger.forward_tokens = 2.5, 3, 40, 500
-    ledger.evaluated(99, {"eval_loss": 0.25, "eval_accuracy": 0.75})
+    ledger.training = {"step_length": 2.5, "forward_passes": 3}
+    ledger.note_evaluation(99, 0.25, 0.75)
     ledger.save(tmp_path)
     model = build(ARCHITECTURES["opt"])
     again = load_adapters(model, tmp_path)
-    for name in ("boosters", "evaluation", "step_length", "forward_passes", "forward_sequences", "forward_tokens"):
+    for name in ("boosters", "evaluation", "training"):
         assert getattr(again, name) == getattr(ledger, name), name
     assert again.evaluations() == {3: 0.25}
 

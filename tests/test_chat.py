@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, build, byte_tokenizer, train_by_command
 from xgblora import XgbloraError, encode, load_task, predict
+from xgblora.base.load import load_tokenizer
 from xgblora.cli import main
-from xgblora.models import load_tokenizer
 from xgblora.tasks import Chat, Generation, load_splits
 
 TEMPLATE = (

@@ -13,8 +13,8 @@ import pytest
 from conftest import write_rows
 from xgblora import RunConfig, XgbloraError
 from xgblora.cli import main
-from xgblora.run import Workspace
-from xgblora.run import run as carry_out
+from xgblora.runs.run import run as carry_out
+from xgblora.runs.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -95,10 +95,10 @@ def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -
     assert summary["methods"]["LoRA+ZO"]["accuracy"] == summary["methods"]["XGBLoRA+ZO"]["accuracy"]
     # The baseline that costs no training, with other examples for each seed.
     assert list(summary["methods"]) == ["LoRA+ZO", "XGBLoRA+ZO", "in-context"]
-    baseline = [each for each in summary["runs"] if each["method"] == "in-context"]
-    assert [each["rows"]["train"] for each in baseline] == [8, 8]
+    baseline = [result for result in summary["runs"] if result["method"] == "in-context"]
+    assert [result["rows"]["train"] for result in baseline] == [8, 8]
     assert baseline[0]["eval_loss"] != baseline[1]["eval_loss"] != metrics["zero_shot_loss"]
-    assert {each["zero_shot_loss"] for each in summary["runs"]} == {metrics["zero_shot_loss"]}
+    assert {result["zero_shot_loss"] for result in summary["runs"]} == {metrics["zero_shot_loss"]}
     for figure in ("curve.png", "summary.png", "merge_eval.png", "eval.png"):
         assert (root / figure).read_bytes().startswith(b"\x89PNG"), figure
     # The same command on a finished comparison says so and leaves the runs alone.
@@ -287,32 +287,32 @@ def test_check_names_capacity_and_flags_without_effect(run: Run) -> None:
     assert "Note: --xgblora_patience has no effect without --xgblora_use_adaptive_merge" in out
 
 
-@pytest.mark.parametrize(("eps", "said"), [("1e-3", True), ("1e-2", False)])
-def test_short_probes_in_bfloat16_are_named(eps: str, said: bool, run: Run, small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("eps", "noted"), [("1e-3", True), ("1e-2", False)])
+def test_short_probes_in_bfloat16_are_named(eps: str, noted: bool, run: Run, small: list[str], tmp_path: Path) -> None:
     flags = f"--load_bfloat16 --zo_eps {eps} --max_steps 2".split()
     code, out, err = run("train", *flags, "--output_dir", tmp_path / "run", *small)
     assert code == 0
-    assert ("is short for bfloat16" in out + err) == said
+    assert ("is short for bfloat16" in out + err) == noted
 
 
 def test_learning_in_context_is_a_run(run: Run, model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     flags = (
         f"--model_name {model_folder} --data_dir {data_folder} --task_name SST2 --trainer none --num_eval 20".split()
     )
-    found = {}
+    metrics = {}
     for count in ("0", "2"):
         folder = tmp_path / count
         code, out, _ = run("train", *flags, "--num_train", count, "--output_dir", folder, "--use_cpu", "true")
         assert code == 0
         assert ("in-context" if count == "2" else "zero-shot") in out
-        found[count] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert found["0"]["rows"]["train"] == 0
-    assert found["0"]["eval_loss"] == found["0"]["zero_shot_loss"] == found["2"]["zero_shot_loss"]
-    assert found["2"]["eval_loss"] != found["2"]["zero_shot_loss"]
+        metrics[count] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["0"]["rows"]["train"] == 0
+    assert metrics["0"]["eval_loss"] == metrics["0"]["zero_shot_loss"] == metrics["2"]["zero_shot_loss"]
+    assert metrics["2"]["eval_loss"] != metrics["2"]["zero_shot_loss"]
     command = ["train", *flags, "--num_train", 0, "--calibrated", "--output_dir", tmp_path / "calibrated"]
     assert run(*command)[0] == 0
     calibrated = json.loads((tmp_path / "calibrated" / "metrics.json").read_text(encoding="utf-8"))
-    assert calibrated["eval_loss"] != found["0"]["eval_loss"]
+    assert calibrated["eval_loss"] != metrics["0"]["eval_loss"]
     code, _, err = run("train", *flags[:-4], "--num_train", 0, "--output_dir", tmp_path / "x", "--max_steps", 1)
     assert code == 2
     assert "--num_train must be at least 1, got 0" in err
@@ -335,6 +335,14 @@ BAD_FLAGS = [
     ("--learning_rate 0", "--learning_rate must be a positive number"),
     ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1, got 0"),
     ("--per_device_train_batch_size -2", "--per_device_train_batch_size must be at least 1, got -2"),
+    ("--push_to_hub", "--push_to_hub is not supported: nothing is uploaded"),
+    ("--auto_find_batch_size", "--auto_find_batch_size is not supported: a batch that does not fit stops the run"),
+    ("--do_train false", "--do_train is not supported: --trainer none is the run that does not train"),
+    ("--dispatch_batches true", "unknown argument '--dispatch_batches'"),
+    ("--accelerator-config x.json", "--accelerator_config is not supported: training runs in one process"),
+    ("--train_sampling_strategy group_by_length", "--train_sampling_strategy must be random or sequential"),
+    ("--recipe boost", "--max_steps counts steps: one step of --recipe boost is a booster (--boost_boosters)"),
+    ("--trainer none --calibrated --gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1"),
     ("--max_steps 0", "--max_steps must be at least 1"),
     ("--max_steps -5", "--max_steps must be at least 1"),
     ("--lora_r 0", "--lora_r must be at least 1, got 0"),
@@ -483,7 +491,7 @@ def test_a_models_own_code_runs_only_where_it_is_trusted(
         assert (code, err.count("\n")) == (2, 1), verb
         assert "needs Python code that comes with it" in err, verb
         assert not ran.exists(), verb
-        for name in [each for each in sys.modules if each.startswith("transformers_modules")]:
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
             del sys.modules[name]  # or it would not run again
         code, _, err = run(*command, "--trust_remote_code")
         assert (code, err) == (0, ""), verb
@@ -509,7 +517,8 @@ def test_another_run_in_the_folder_is_refused(run: Run, small: list[str], tmp_pa
     code, _, err = run(*command, "--zo_eps", "5e-3")
     assert code == 2
     assert "holds a run of another configuration (zo_eps 0.001 -> 0.005)" in err
-    code, _, err = run(*command, *"--xgblora --recipe boost --boost_ridge 2".split())
+    boost = [token for token in command if token not in ("--max_steps", 2)]
+    code, _, err = run(*boost, *"--xgblora --recipe boost --boost_ridge 2".split())
     assert code == 2
     assert "holds a run of another configuration (recipe classic -> boost, boost_ridge 1.0 -> 2.0" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
@@ -557,7 +566,8 @@ def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: 
     code, out, err = run(*boost, *small, "--eval_strategy", "steps", "--output_dir", folder)
     assert (code, err) == (0, "")
     assert "Recipe: boost" in out
-    assert "Boost+ZO" in out
+    assert "│ Boost " in out
+    assert "Boost+" not in out
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["method"], metrics["merges"], metrics["steps"]) == ("boost", 2, 3)
     assert metrics["eval_loss"] < metrics["zero_shot_loss"]
@@ -611,13 +621,12 @@ def test_learning_in_context_beside_lora(run: Run, small: list[str], tmp_path: P
     code, out, err = run(*command)
     assert (code, err) == (0, "")
     assert out.count("│ in-context") == 2
-    found = {
-        name: json.loads((tmp_path / name / "metrics.json").read_text("utf-8"))
-        for name in ("in-context_seed0", "lora_seed0")
-    }
-    assert [m["rows"] for m in found.values()] == [{"train": n, "dev": 10, "evaluation": 20} for n in (2, 40)]
-    assert found["in-context_seed0"]["eval_loss"] != found["in-context_seed0"]["zero_shot_loss"]
-    assert found["in-context_seed0"]["zero_shot_loss"] == found["lora_seed0"]["zero_shot_loss"]
+    shown, lora = (
+        json.loads((tmp_path / name / "metrics.json").read_text("utf-8")) for name in ("in-context_seed0", "lora_seed0")
+    )
+    assert [m["rows"] for m in (shown, lora)] == [{"train": n, "dev": 10, "evaluation": 20} for n in (2, 40)]
+    assert shown["eval_loss"] != shown["zero_shot_loss"]
+    assert shown["zero_shot_loss"] == lora["zero_shot_loss"]
     assert all((tmp_path / f"{name}.png").is_file() for name in ("loss", "eval", "summary"))
     assert "identical" not in out
     assert "All 4 runs" in run(*command)[1]
@@ -643,7 +652,7 @@ def test_a_workspace_serves_runs_of_its_own_rows(model_folder: Path, data_folder
         with pytest.raises(XgbloraError, match="a workspace of --num_train 20 does not serve"):
             carry_out(config(**flags), workspace)
     assert not list(tmp_path.iterdir())
-    assert carry_out(config(num_train=2, trainer="none"), workspace)["rows"]["train"] == 2
+    assert carry_out(config(num_train=2, trainer="none"), workspace).rows["train"] == 2
 
 
 def test_a_flag_that_an_older_version_lacked_has_its_default(run: Run, small: list[str], tmp_path: Path) -> None:
@@ -667,7 +676,7 @@ def test_a_flag_that_an_older_version_lacked_has_its_default(run: Run, small: li
         ("compare --methods lora --init_adapter somewhere", "--xgblora"),
         ("boost --init_adapter nowhere --output_root OUT", "no PEFT adapter"),
         ("train --xgblora --init_adapter nowhere --output_dir OUT", "no PEFT adapter"),
-        ("train --recipe boost --lora_target_modules v_proj --output_dir OUT --max_steps 1", "residual stream"),
+        ("train --recipe boost --lora_target_modules v_proj --output_dir OUT", "residual stream"),
         ("stages", "say which run"),
         ("stages nowhere", "no finished run"),
     ],
@@ -711,3 +720,93 @@ def test_the_documented_scripts_start(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert ("Check passed" if script == "test_alpha_config" else "--xgblora_steps_per_iteration") in done.stdout
+
+
+RUNS = {
+    "lora": "--lora --lora_r 4",
+    "xgblora": "--xgblora --xgblora_steps_per_iteration 3 --max_steps 9",
+    "layers": "--xgblora --xgblora_layers 2 --xgblora_layer_choice top",
+    "boost": "--recipe boost --boost_boosters 3 --early_stopping_boosters 2",
+    "boost by hand": "--xgblora --recipe boost --xgblora_layers 1 --lora_target_modules out_proj",
+    "regular": "--trainer regular --lora --max_steps 5",
+    "regular, boosted": "--trainer regular --xgblora --xgblora_use_adaptive_merge",
+    "reward": "--reward accuracy --xgblora",
+    "expected reward": "--reward f1 --trainer regular --lora",
+    "in context": "--trainer none --num_train 4",
+    "calibrated": "--trainer none --num_train 0 --calibrated",
+    "half": "--load_bfloat16 --lora --zo_eps 1e-2",
+}
+
+
+@pytest.mark.parametrize("model", [False, True])
+@pytest.mark.parametrize("name", RUNS)
+def test_check_takes_the_flags_of_every_run(name: str, model: bool, run: Run, small: list[str]) -> None:
+    """It says what that run is, and passes; with a model it looks at that one."""
+    flags = [*RUNS[name].split(), *(small if model else ["--use_cpu", "true"])]
+    code, out, err = run("check", *flags)
+    assert (code, err) == (0, "")
+    assert out.endswith("Check passed\n")
+    trains = "--trainer none" not in RUNS[name]
+    boosted = "xgblora" in RUNS[name] or "boost" in RUNS[name]
+    assert ("XGBLoRA Configuration" in out) == (trains and boosted)
+    assert ("Standard LoRA Configuration" in out) == ((trains and not boosted) or (name == "half" and not boosted))
+    assert ("Recipe: boost" in out) == ("--recipe boost" in RUNS[name])
+    if name == "lora":
+        assert "  rank (r): 4\n" in out
+
+
+@pytest.mark.parametrize("mode", ["both", "lora", "xgblora"])
+def test_check_of_a_mode_beside_a_method(mode: str, run: Run) -> None:
+    """What --mode says is shown, whatever else is given."""
+    code, out, _ = run("check", "--recipe", "boost", "--mode", mode, "--use_cpu", "true")
+    assert code == 0
+    assert ("Recipe: boost" in out) == (mode != "lora")
+    assert ("Standard LoRA Configuration" in out) == (mode != "xgblora")
+
+
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
+    run: Run, small: list[str], data_folder: Path, tmp_path: Path
+) -> None:
+    """The model is not even there."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    write_rows(rows / "train.jsonl", 2)
+    write_rows(rows / "validation.jsonl", 4)
+    nowhere = ["--model_name", tmp_path / "no model", "--output_dir", tmp_path / "run"]
+    for flags, message in (
+        (["--recipe", "boost", "--num_train", 1], "--recipe boost fits boosters on at least 2 examples"),
+        (["--recipe", "boost", "--data_dir", rows, "--num_train", 40, "--num_dev", 0], "got 2 training rows"),
+        (["--xgblora", "--init_adapter", tmp_path], "holds no PEFT adapter"),
+        (["--reward", "best"], "--reward 'best' is neither one of"),
+        (["--train_as_classification", "true", "--task_name", "SQuAD"], "SQuAD has no options to classify"),
+    ):
+        code, _, err = run("train", *small, *flags, *nowhere)
+        assert (code, err.count("\n")) == (2, 1), flags
+        assert message in err
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_means_nothing_to_any_arm_is_noted_once(run: Run, small: list[str], tmp_path: Path) -> None:
+    flags = ["--methods", "lora", "boost", "--seeds", 0, "--max_steps", 2, "--boost_boosters", 1]
+    code, out, _ = run("compare", "--output_root", tmp_path, *flags, "--xgblora_patience", 7, *small)
+    assert code == 0
+    assert out.count("has no effect") == 1
+    assert "Note: --xgblora_patience has no effect without --xgblora_use_adaptive_merge" in out
+
+
+def test_flags_that_have_no_effect_do_not_make_another_run(run: Run, small: list[str], tmp_path: Path) -> None:
+    command = ["train", "--lora", *small, "--max_steps", 2, "--output_dir", tmp_path]
+    assert run(*command)[0] == 0
+    assert "is complete" in run(*command, "--xgblora_patience", 7, "--boost_ridge", 2)[1]
+    code, _, err = run(*command, "--zo_eps", 0.5)
+    assert code == 2
+    assert "(zo_eps 0.001 -> 0.5)" in err
+
+
+def test_help_is_silent_on_what_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "--zo_eps" in text
+    assert "--warmup_steps" in text
+    assert "--push_to_hub" not in text

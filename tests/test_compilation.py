@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from conftest import ARCHITECTURES, build, examples, train
+from conftest import ARCHITECTURES, build, examples, option_scores, train
 from xgblora import attach
-from xgblora.compilation import compiled
-from xgblora.objectives import option_scores
-from xgblora.packing import build_batch
+from xgblora.base.compilation import compiled
+from xgblora.data.batch import build_batch
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "cl")), reason="torch.compile needs a C++ compiler"
@@ -24,11 +23,11 @@ def test_a_run_compiles_one_graph_and_learns_the_same(tmp_path: Path) -> None:
     _, expected = train(tmp_path / "eager", build(ARCHITECTURES["llama"]), **flags)
     torch._dynamo.reset()
     counters.clear()
-    trainer, found = train(tmp_path / "compiled", build(ARCHITECTURES["llama"]), torch_compile=True, **flags)
+    trainer, losses = train(tmp_path / "compiled", build(ARCHITECTURES["llama"]), torch_compile=True, **flags)
     assert len(trainer.ledger.boosters) == 3
     assert counters["stats"]["unique_graphs"] == 2  # the trial, and one for all layers, batches and boosters
     assert not counters["graph_break"]
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert losses == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "mistral"])
@@ -40,6 +39,6 @@ def test_compiled_scores_are_the_eager_ones(name: str) -> None:
             batch = build_batch(examples(size, options=[[5], [9, 4]], seed=size))
             expected = option_scores(model, batch)
             with compiled(model):
-                found = option_scores(model, batch)
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+                scores = option_scores(model, batch)
+            torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
             assert torch.equal(option_scores(model, batch), expected)  # eager again

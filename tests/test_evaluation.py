@@ -10,16 +10,31 @@ import torch
 from transformers import PreTrainedConfig
 
 from conftest import ARCHITECTURES, build, byte_tokenizer, examples
-from xgblora import Example, LayerSubset, Ledger, XgbloraError, attach, evaluate, evaluate_stages, predict
+from xgblora import (
+    Base,
+    Example,
+    LayerSubset,
+    Ledger,
+    OptionLoss,
+    Predictor,
+    TextLoss,
+    XgbloraError,
+    attach,
+    evaluate,
+    evaluate_stages,
+    predict,
+)
+from xgblora.base import base, cpu_layout
+from xgblora.learn.losses import AnswerLoss
 from xgblora.tasks import TASKS, Task
 
 
 def test_batches_and_layout_do_not_matter(architecture: PreTrainedConfig) -> None:
     model = build(architecture)
     rows = examples(30, options=[[5], [9, 6], [7, 7, 7]])
-    one = evaluate(model, rows, packed=True, batch_size=1)
+    one = evaluate(model, rows, batch_size=1)
     for packed, size in ((True, 7), (True, 100), (False, 7)):
-        other = evaluate(model, rows, packed=packed, batch_size=size)
+        other = evaluate(Base(model, packed), rows, batch_size=size)
         assert other.predictions == one.predictions
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
     assert one.accuracy == sum(p == e.label for p, e in zip(one.predictions, rows, strict=True)) / 30
@@ -29,30 +44,60 @@ def test_the_prompts_own_tokens_do_not_count() -> None:
     model = build(ARCHITECTURES["llama"])
     rows = examples(10)
     trained_on_all = [Example(e.prompt, e.options, e.label, score_prompt=True) for e in rows]
-    assert evaluate(model, trained_on_all, True, 4).loss == evaluate(model, rows, True, 4).loss
+    assert evaluate(model, trained_on_all).loss == evaluate(model, rows).loss
 
 
 def test_language_model_loss_is_of_the_correct_option() -> None:
     model = build(ARCHITECTURES["llama"])
     row = examples(1)[0]
-    found = evaluate(model, [row], packed=True, batch_size=1, classification=False)
+    loss = evaluate(model, [row], TextLoss()).loss
     with torch.no_grad():
         logits = model(torch.tensor([row.prompt])).logits[0, -1].double()
     wanted = -torch.log_softmax(logits, 0)[row.options[row.label][0]].item()
-    assert found.loss == pytest.approx(wanted, rel=1e-4)
+    assert loss == pytest.approx(wanted, rel=1e-4)
     assert math.log(2) < wanted
 
 
 def test_predictions_are_options() -> None:
     model = build(ARCHITECTURES["llama"])
     task = TASKS["RottenTomatoes"]
-    found = predict(model, byte_tokenizer(), task, ["fine", "bad", "so"])
-    assert len(found) == 3
-    assert set(found) <= set(task.options)
+    answers = predict(model, byte_tokenizer(), task, ["fine", "bad", "so"])
+    assert len(answers) == 3
+    assert set(answers) <= set(task.options)
+    assert predict(model, byte_tokenizer(), task, []) == []
+    with pytest.raises(XgbloraError, match="put the text into a list"):
+        predict(model, byte_tokenizer(), task, "fine")
 
 
-@pytest.mark.parametrize("classification", [True, False])
-def test_calibrated_scores_are_what_a_prompt_adds(classification: bool) -> None:
+def test_a_model_is_measured_and_laid_out_once_for_many_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, task = build(ARCHITECTURES["llama"]), byte_tokenizer(), TASKS["RottenTomatoes"]
+    texts = ["fine", "bad", "so", "x" * 20]
+    expected = predict(model, tokenizer, task, texts)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    measured, laid_out = [], []
+    route, layer = base._measure_route, cpu_layout.ReorderedLinear.__init__
+    monkeypatch.setattr(base, "_measure_route", lambda model: measured.append(1) or route(model))
+    monkeypatch.setattr(
+        cpu_layout.ReorderedLinear, "__init__", lambda self, source: laid_out.append(1) or layer(self, source)
+    )
+    with Predictor(model, tokenizer, task) as predictor:
+        once = len(laid_out)
+        assert once > 0
+        assert [predictor([text])[0] for text in texts] == expected
+    assert (len(measured), len(laid_out)) == (1, once)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_no_rows_are_refused_in_one_line() -> None:
+    model = build(ARCHITECTURES["llama"])
+    with pytest.raises(XgbloraError, match="there are no rows to evaluate"):
+        evaluate(model, [])
+    with pytest.raises(XgbloraError, match="there are no rows to evaluate"):
+        evaluate_stages(attach(model), [])
+
+
+@pytest.mark.parametrize("loss", [OptionLoss(), TextLoss()])
+def test_calibrated_scores_are_what_a_prompt_adds(loss: AnswerLoss) -> None:
     model = build(ARCHITECTURES["llama"])
     draw = [[[5], [9, 6], [7, 7, 7]], [[8, 4], [3]]]
     rows = [
@@ -66,22 +111,22 @@ def test_calibrated_scores_are_what_a_prompt_adds(classification: bool) -> None:
         return sum(logs[len(prompt) - 1 + i, token].item() for i, token in enumerate(option)) / len(option)
 
     wanted = [[plain(e.prompt, option) - plain(e.null_prompt, option) for option in e.options] for e in rows]
-    found = evaluate(model, rows, True, 7, classification, calibrated=True)
-    assert found.predictions == [scores.index(max(scores)) for scores in wanted]
-    assert found.predictions != evaluate(model, rows, True, 7, classification).predictions
+    calibrated = evaluate(model, rows, loss, 7, calibrated=True)
+    assert calibrated.predictions == [scores.index(max(scores)) for scores in wanted]
+    assert calibrated.predictions != evaluate(model, rows, loss, 7).predictions
     losses = [math.log(sum(map(math.exp, scores))) - scores[e.label] for e, scores in zip(rows, wanted, strict=True)]
-    if classification:
-        assert found.loss == pytest.approx(sum(losses) / 30, rel=1e-4)
+    if isinstance(loss, OptionLoss):
+        assert calibrated.loss == pytest.approx(sum(losses) / 30, rel=1e-4)
     with pytest.raises(XgbloraError, match="give the task a null_prompt"):
-        evaluate(model, examples(4), True, 7, calibrated=True)
+        evaluate(model, examples(4), calibrated=True)
 
 
 def test_rows_without_answers_are_predicted() -> None:
     model = build(ARCHITECTURES["llama"])
     task = Task("T", "{{ a }} {{ b }} is", "choices", "label", source=dict)
     rows = [{"a": "x", "b": "y", "choices": ["one", "two", "three"]}, {"a": "z", "b": "y", "choices": ["four", "five"]}]
-    found = predict(model, byte_tokenizer(), task, rows)
-    assert [answer in row["choices"] for answer, row in zip(found, rows, strict=True)] == [True, True]
+    answers = predict(model, byte_tokenizer(), task, rows)
+    assert [answer in row["choices"] for answer, row in zip(answers, rows, strict=True)] == [True, True]
     with pytest.raises(XgbloraError, match=r"T asks by several columns \(a, b, choices\): give rows"):
         predict(model, byte_tokenizer(), task, ["x"])
 
@@ -90,17 +135,17 @@ def test_rows_without_answers_are_predicted() -> None:
 def test_stages_are_the_model_with_its_first_boosters(subset: LayerSubset | None, randomise: Any) -> None:
     model = build(ARCHITECTURES["llama"])
     rows = examples(40)
-    expected = [evaluate(model, rows, True, 8)]
+    expected = [evaluate(model, rows)]
     ledger = Ledger(attach(model, 1, 16, ["o_proj"], xgblora=True, layers=subset))
     for number in range(3):
         with torch.no_grad():
             for layer, _, _ in ledger.adapters.slices:
                 layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(number)))
-        expected.append(evaluate(model, rows, True, 8))
+        expected.append(evaluate(model, rows))
         if number < 2:
             ledger.merge(number + 1, "", 1.0)
-    found = evaluate_stages(ledger.adapters, rows, True, 8)
-    assert [stage.predictions for stage in found] == [stage.predictions for stage in expected]
-    assert [stage.loss for stage in found] == pytest.approx([stage.loss for stage in expected], rel=1e-5)
-    assert len({stage.loss for stage in found}) == 4
-    assert evaluate(model, rows, True, 8).loss == expected[-1].loss  # all as it was
+    stages = evaluate_stages(ledger.adapters, rows)
+    assert [stage.predictions for stage in stages] == [stage.predictions for stage in expected]
+    assert [stage.loss for stage in stages] == pytest.approx([stage.loss for stage in expected], rel=1e-5)
+    assert len({stage.loss for stage in stages}) == 4
+    assert evaluate(model, rows).loss == expected[-1].loss  # all as it was

@@ -11,12 +11,11 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig
 
-from conftest import VOCABULARY, build, byte_tokenizer
+from conftest import VOCABULARY, build, byte_tokenizer, option_scores
 from xgblora import Example, encode
 from xgblora.cli import main
-from xgblora.evaluation import Evaluation, accuracy, score
-from xgblora.objectives import option_scores
-from xgblora.packing import build_batch
+from xgblora.data.batch import build_batch
+from xgblora.learn.evaluate import Evaluation, accuracy, score
 from xgblora.tasks import TASKS, Hub, Question
 
 FOLDER = Path(__file__).parent / "tasks"

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, build, byte_tokenizer
 from xgblora import Ledger, XgbloraError, attach, load_model
+from xgblora.adapters.export import fold, pair_rotary, write_gguf
+from xgblora.base.load import embedded_model_file
 from xgblora.cli import main
-from xgblora.export import ExportConfig, export, fold, pair_rotary, write_gguf
-from xgblora.models import embedded_model_file
+from xgblora.runs.export import ExportConfig, export
 
 IDS = torch.tensor([[3, 40, 41, 42, 43, 44]])
 

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import byte_tokenizer
 from xgblora import RunConfig, XgbloraError
-from xgblora.cli import _parser, parse
+from xgblora.cli import parse, parser
 from xgblora.tasks import encode, get_task, load_splits
 
 TOKENIZER = byte_tokenizer()
@@ -150,7 +150,7 @@ WORDS = [
 @pytest.mark.parametrize("seed", soaked(range(40), 2))
 def test_configurations(seed: int) -> None:
     """100 command lines of one to four flags with any value."""
-    flags = [action.option_strings[0] for action in _parser(RunConfig, "train")._actions if action.option_strings]
+    flags = [action.option_strings[0] for action in parser(RunConfig, "train")._actions if action.option_strings]
     flags.remove("-h")
     taken = 0
     for number in range(100):

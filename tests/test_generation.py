@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, build, byte_tokenizer, train_by_command
-from xgblora import Example, attach, encode, predict
-from xgblora.generation import Writer, exact_match_and_f1
-from xgblora.inference_layout import inference_layout
+from xgblora import Base, Example, attach, encode, predict
+from xgblora.base.cpu_layout import cpu_layout
+from xgblora.learn.generation import Writer, exact_match_and_f1
 from xgblora.tasks import Generation, Question, Task
 
 TOKENIZER = byte_tokenizer()
@@ -45,12 +45,12 @@ def test_writing_is_greedy_decoding(
     prompts = [TOKENIZER("x" * length + " is")["input_ids"] for length in (1, 9, 4, 20)]
     rows = [Example(prompt, [[5]], 0) for prompt in prompts]
     ends = Generation(10, stop)
-    bare = Writer(TOKENIZER, ends).write(model, rows)
+    bare = Writer(TOKENIZER, ends).write(Base(model), rows)
     randomise(attach(model, 1, 16), 1)
     expected = [step_by_step(model, prompt, ends) for prompt in prompts]
-    assert Writer(TOKENIZER, ends).write(model, rows) == expected
-    with inference_layout(model):
-        assert Writer(TOKENIZER, ends).write(model, rows) == expected
+    assert Writer(TOKENIZER, ends).write(Base(model), rows) == expected
+    with cpu_layout(model):
+        assert Writer(TOKENIZER, ends).write(Base(model), rows) == expected
     assert bare != expected or stop == "e"
     assert all(stop not in text for text in expected)
 
@@ -74,9 +74,9 @@ def test_a_prompt_leaves_room_for_what_is_written() -> None:
     task = Task("T", "{{ q }}?", (), "a", dict, classification=False, generation=Generation(max_new_tokens=12))
     for answered in (True, False):
         row = {"q": "x" * 100, "a": "Ann"}
-        (found,) = encode(task, [row], TOKENIZER, 40, answered=answered)
-        assert len(found.prompt) + max(12, *map(len, found.options), 0) <= 40
-        assert TOKENIZER.decode(found.prompt).endswith("x?")
+        (example,) = encode(task, [row], TOKENIZER, 40, answered=answered)
+        assert len(example.prompt) + max(12, *map(len, example.options), 0) <= 40
+        assert TOKENIZER.decode(example.prompt).endswith("x?")
 
 
 def test_a_model_learns_to_write_an_answer(tmp_path: Path) -> None:

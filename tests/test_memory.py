@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from conftest import ARCHITECTURES, examples
 from xgblora import RunConfig
 from xgblora.cli import main
-from xgblora.memory import _training, predict
+from xgblora.runs.memory import measure_training, predict
 
 BATCH = "per_device_train_batch_size"
 
@@ -27,7 +27,7 @@ def test_what_two_and_three_layers_take_says_what_nine_do(name: str, trainer: st
     run = RunConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     rows = examples(64)
     predicted = predict(run, config, rows)
-    whole = max(_training(run, config, rows))
+    whole = max(measure_training(run, config, rows))
     assert predicted.training == pytest.approx(whole, rel=0.1)
     smaller = predict(RunConfig(output_dir=str(tmp_path), use_cpu=True, **settings | {BATCH: 8}), config, rows)
     assert smaller.training < 0.9 * predicted.training

@@ -4,12 +4,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xgblora import Example, Ledger, attach, encode, evaluate, load_model, load_splits
-from xgblora.models import embedded_model_file
-from xgblora.objectives import classification_loss, option_scores
-from xgblora.packing import build_batch, choose_route
+from conftest import estimate, option_scores
+from xgblora import Base, Example, Ledger, attach, encode, evaluate, load_model, load_splits
+from xgblora.base.load import embedded_model_file
+from xgblora.data.batch import build_batch
 from xgblora.tasks import TASKS
-from xgblora.zo import direction_generators, estimate_batch
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Example]]
 
@@ -31,7 +30,7 @@ def test_the_converted_model_is_the_gguf(loaded: Loaded) -> None:
 
 def test_packed_scores_equal_one_sentence_at_a_time(loaded: Loaded) -> None:
     model, _, rows = loaded
-    assert choose_route(model)
+    assert Base(model).packed
     rows = rows[:8]
     with torch.no_grad():
         packed = option_scores(model, build_batch(rows), normalised=True)
@@ -51,9 +50,7 @@ def test_a_merge_after_training_is_bit_identical(dtype: torch.dtype) -> None:
     optimizer = torch.optim.Adam(adapters.parameters(), lr=3e-3)
     for step in range(2):
         optimizer.zero_grad()
-        draws = direction_generators(0, step, 0, 1)
-        found = estimate_batch(adapters, classification_loss, batch, draws, 1e-2, "per_example")
-        adapters.accumulate_gradient(found.gradient)
+        adapters.accumulate_gradient(estimate(adapters, batch, step=step).gradient)
         optimizer.step()
     with torch.no_grad():
         before = option_scores(model, batch)
@@ -68,6 +65,6 @@ def test_a_merge_after_training_is_bit_identical(dtype: torch.dtype) -> None:
 def test_zero_shot_prefers_one_option(loaded: Loaded) -> None:
     """Known of this model: near chance, with a loss far above log 2."""
     model, _, rows = loaded
-    found = evaluate(model, rows, packed=True, batch_size=32)
-    assert 0.3 < found.accuracy < 0.75
-    assert 0.9 < found.loss < 1.6
+    zero_shot = evaluate(model, rows, batch_size=32)
+    assert 0.3 < zero_shot.accuracy < 0.75
+    assert 0.9 < zero_shot.loss < 1.6

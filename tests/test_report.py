@@ -1,45 +1,59 @@
 """Figures and tables: drawn from files alone, whole, and with the numbers that stand in them."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from xgblora.report import Curves, draw_eval, draw_loss, draw_merge_eval, draw_summary, results_table, summarise
-from xgblora.report.curves import read_curves
+from xgblora.report import (
+    Curves,
+    RunResult,
+    draw_eval,
+    draw_loss,
+    draw_merge_eval,
+    draw_summary,
+    read_curves,
+    results_table,
+    summarise,
+)
 
 
-def curves(label: str, seed: int, accuracy: float, merges: list[int] | None = None) -> Curves:
+def curves(method: str, seed: int, accuracy: float, merges: list[int] | None = None, **metrics: Any) -> Curves:
     loss = [{"step": step, "loss": 1 / step + seed / 10} for step in range(1, 41)]
     merges = merges or []
     evals = [{"step": s, "eval_loss": 1 / s, "eval_accuracy": accuracy, "merge": s in merges} for s in (10, 20, 30, 40)]
-    metrics = {
-        "method": "lora",
-        "trainer": "zo",
-        "seed": seed,
-        "model": "some/model",
-        "task": "SST2",
-        "evaluation_split": "validation",
-        "rows": {"evaluation": 100},
-        "zero_shot_accuracy": 0.5,
-        "dev_accuracy": accuracy,
-        "accuracy": accuracy,
-        "gain": accuracy - 0.5,
-        "eval_loss": 0.25,
-        "merges": len(merges),
-        "merge_steps": merges,
-        "forward_passes": 8000,
-        "forward_sequences": 64000,
-        "steps": 40,
-        "seconds_per_step": 0.5,
-        "peak_memory_mb": 1234.5,
-    }
-    return Curves(label, seed, loss, evals, merges, metrics)
+    result = RunResult(
+        method=method,
+        trainer="zo",
+        seed=seed,
+        model="some/model",
+        task="SST2",
+        evaluation_split="validation",
+        rows={"train": 200, "dev": 50, "evaluation": 100},
+        zero_shot_accuracy=0.5,
+        zero_shot_loss=0.9,
+        dev_accuracy=accuracy,
+        dev_loss=0.3,
+        accuracy=accuracy,
+        gain=accuracy - 0.5,
+        eval_loss=0.25,
+        merges=len(merges),
+        merge_steps=merges,
+        boosters=len(merges) + 1,
+        forward_passes=8000,
+        forward_sequences=64000,
+        steps=40,
+        seconds_per_step=0.5,
+        training_seconds=20.5,
+        peak_memory_mb=1234.5,
+        trainable_parameters=100,
+    )
+    return Curves(replace(result, **metrics), loss, evals)
 
 
-RUNS = [curves("LoRA+ZO", 0, 0.75), curves("LoRA+ZO", 1, 0.85), curves("XGBLoRA+ZO", 0, 0.9, [10, 30])]
+RUNS = [curves("lora", 0, 0.75), curves("lora", 1, 0.85), curves("xgblora", 0, 0.9, [10, 30])]
 
 
 @pytest.mark.parametrize("draw", [draw_loss, draw_eval, draw_merge_eval, draw_summary])
@@ -69,7 +83,7 @@ def test_the_table_says_by_how_much() -> None:
     console = Console(width=140, record=True)
     console.print(results_table(RUNS))
     text = console.export_text()
-    for number in ("50.0", "75.0", "+25.0", "+40.0", "0.250", "8,000", "0.5", "1,234"):
+    for number in ("50.0", "75.0", "+25.0", "+40.0", "0.250", "64,000", "20", "1,234"):
         assert number in text
 
 
@@ -82,10 +96,37 @@ def test_the_summary_has_means_and_deviations_over_seeds() -> None:
 
 
 def test_curves_are_read_back(tmp_path: Path) -> None:
-    metrics = RUNS[2].metrics | {"method": "xgblora"}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    RUNS[2].result.write(tmp_path / "metrics.json")
     (tmp_path / "training_loss.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo', encoding="utf-8")
-    found = read_curves(tmp_path)
-    assert (found.label, found.merges) == ("XGBLoRA+ZO", [10, 30])
-    assert found.loss == [{"step": 1, "loss": 0.5}], "a line that a kill left unfinished is dropped"
-    assert found.evals == []
+    again = read_curves(tmp_path)
+    assert again.result == RUNS[2].result
+    assert again.result.label == "XGBLoRA+ZO"
+    assert again.loss == [{"step": 1, "loss": 0.5}], "a line that a kill left unfinished is dropped"
+    assert again.evals == []
+
+
+def test_metrics_hold_what_a_run_has() -> None:
+    """Scores, rewards and what training took are there together or not at all; an accuracy of no rows is null."""
+    trained = RUNS[0].result.metrics()
+    assert not {"metric", "score", "reward", "dev_reward"} & trained.keys()
+    assert trained["seconds_per_step"] == 0.5
+    bare = replace(RUNS[0].result, boosters=None, training_seconds=None, dev_accuracy=None, dev_loss=None).metrics()
+    assert not {"boosters", "seconds_per_step", "peak_memory_mb"} & bare.keys()
+    assert bare["dev_accuracy"] is None
+    scored = replace(RUNS[0].result, metric="f1", score=0.5, zero_shot_score=0.25).metrics()
+    assert (scored["score"], scored["dev_score"]) == (0.5, None)
+    with pytest.raises(TypeError):
+        RunResult(**{name: value for name, value in trained.items() if name != "accuracy"})
+
+
+def test_boost_is_no_zeroth_order_method_and_its_time_is_that_of_the_training(tmp_path: Path) -> None:
+    """A step of boost is a whole booster: seconds a step of two methods cannot stand beside each other."""
+    runs = [*RUNS, curves("boost", 0, 0.9, [1, 2], seconds_per_step=70.0, training_seconds=210.0)]
+    assert runs[-1].result.label == "Boost"
+    draw_summary(runs, tmp_path / "summary.svg")
+    text = (tmp_path / "summary.svg").read_text(encoding="utf-8")
+    assert "210 s" in text
+    assert "70 s" not in text
+    console = Console(width=140, record=True)
+    console.print(results_table(runs))
+    assert "210" in console.export_text()

@@ -13,17 +13,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import ARCHITECTURES, build, byte_tokenizer, examples, train_by_command
-from xgblora import Example, Reward, RunConfig, Trainer, XgbloraError, attach, evaluate, length_penalised, load_reward
+from conftest import ARCHITECTURES, build, byte_tokenizer, estimate, examples, option_scores, train_by_command
+from xgblora import (
+    Base,
+    Example,
+    Reward,
+    RunConfig,
+    Trainer,
+    XgbloraError,
+    attach,
+    evaluate,
+    length_penalised,
+    load_reward,
+)
 from xgblora.cli import main
 from xgblora.config import notes
-from xgblora.generation import Writer
-from xgblora.objectives import option_scores
-from xgblora.packing import build_batch
+from xgblora.data.batch import build_batch
+from xgblora.learn.generation import Writer
+from xgblora.learn.rewards import READY
+from xgblora.randomness import Stream, generator
 from xgblora.report import draw_eval, draw_loss, read_curves
-from xgblora.rewards import READY
 from xgblora.tasks import Generation, Task, encode
-from xgblora.zo import direction_generators, estimate_batch
 
 TOKENIZER = byte_tokenizer()
 ENDS = Generation(6, "\n")
@@ -64,10 +74,10 @@ def test_a_reward_sees_prompt_completion_and_row() -> None:
 def answered(model: PreTrainedModel, rows: list[Example], worth: Tensor) -> tuple[Tensor, Tensor]:
     """Reference: one example a forward; the reward of the best option, and the expected one."""
     best, expected = [], []
-    for row, own in zip(rows, worth, strict=True):
+    for row, worths in zip(rows, worth, strict=True):
         scores = option_scores(model, build_batch([row]), normalised=True)[0]
-        best.append(own[scores.argmax()])
-        expected.append((scores.softmax(0) * own).sum())
+        best.append(worths[scores.argmax()])
+        expected.append((scores.softmax(0) * worths).sum())
     return torch.stack(best), torch.stack(expected)
 
 
@@ -120,13 +130,10 @@ def test_every_example_is_answered_under_its_own_probe(
     adapters = attach(model, 1, 16)
     randomise(adapters, 1)
     writer, eps = Writer(TOKENIZER, ENDS), 0.5
-    found = estimate_batch(
-        *(adapters, Reward(letters, TOKENIZER, writer), build_batch(rows), direction_generators(0, 3, 0, 1), eps),
-        directions,
-        by_row=True,
-    )
+    reward = Reward(letters, TOKENIZER, writer)
+    result = estimate(adapters, build_batch(rows), reward, step=3, eps=eps, directions=directions)
     count = len(rows) if directions == "per_example" else 1
-    z = torch.randn(count, adapters.size, generator=direction_generators(0, 3, 0, 1)[0])
+    z = torch.randn(count, adapters.size, generator=generator(0, Stream.DIRECTION, 3, 0, 0))
     before = {layer: (layer.lora_A.clone(), layer.lora_B.clone()) for layer, _, _ in adapters.slices}
     projected = []
     for number, row in enumerate(rows):
@@ -134,16 +141,16 @@ def test_every_example_is_answered_under_its_own_probe(
         for sign in (eps, -eps):
             with torch.no_grad():
                 for layer, a, b in adapters.slices:
-                    own = z[number % count]
-                    layer.lora_A.copy_(before[layer][0] + sign * own[a].view_as(layer.lora_A))
-                    layer.lora_B.copy_(before[layer][1] + sign * own[b].view(1, -1).T)
-            (text,) = writer.write(model, [row])
+                    direction = sign * z[number % count]
+                    layer.lora_A.copy_(before[layer][0] + direction[a].view_as(layer.lora_A))
+                    layer.lora_B.copy_(before[layer][1] + direction[b].view(1, -1).T)
+            (text,) = writer.write(adapters.base, [row])
             worth.append(letters(TOKENIZER.decode(row.prompt, skip_special_tokens=True).strip(), text, row))
         projected.append(-(worth[0] - worth[1]) / (2 * eps))
     expected = torch.tensor(projected)
     assert (expected != 0).sum() > 1  # answers did change
     torch.testing.assert_close(
-        found.projected, expected if count > 1 else expected.mean(0, keepdim=True), atol=1e-4, rtol=0
+        result.projected, expected if count > 1 else expected.mean(0, keepdim=True), atol=1e-4, rtol=0
     )
 
 
@@ -171,9 +178,9 @@ def test_the_score_function_has_the_gradient_of_the_expected_reward(randomise: C
     losses = reward(model, build_batch(rows))
     torch.testing.assert_close(losses, -exact, atol=0.02, rtol=0)
     losses.mean().backward()
-    found = torch.cat([p.grad.flatten() for p in adapters.parameters()])
-    assert torch.cosine_similarity(found, wanted, dim=0) > 0.95
-    assert 0.9 < found.norm() / wanted.norm() < 1.15
+    gradient = torch.cat([p.grad.flatten() for p in adapters.parameters()])
+    assert torch.cosine_similarity(gradient, wanted, dim=0) > 0.95
+    assert 0.9 < gradient.norm() / wanted.norm() < 1.15
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -186,13 +193,13 @@ def test_answers_of_several_tokens_count_by_their_whole_probability(
     randomise(adapters, 4)
     writer = Writer(TOKENIZER, Generation(6, "e"))
     torch.manual_seed(0)
-    written = writer.continuations(model, [row.prompt for row in rows], draws=5)
-    assert len({len(ids) for own in written for ids in own}) > 2
+    written = writer.continuations(Base(model), [row.prompt for row in rows], draws=5)
+    assert len({len(ids) for draws in written for ids in draws}) > 2
     wanted = torch.zeros(())
-    for row, own in zip(rows, written, strict=True):
+    for row, draws in zip(rows, written, strict=True):
         prompt = TOKENIZER.decode(row.prompt, skip_special_tokens=True).strip()
-        worth = torch.tensor([letters(prompt, writer.text(ids), row) for ids in own])
-        for number, ids in enumerate(own):
+        worth = torch.tensor([letters(prompt, writer.text(ids), row) for ids in draws])
+        for number, ids in enumerate(draws):
             logs = model(torch.tensor([[*row.prompt, *ids]])).logits[0, len(row.prompt) - 1 : -1].log_softmax(1)
             others = (worth.sum() - worth[number]) / 4
             wanted = wanted - (worth[number] - others) * logs[torch.arange(len(ids)), ids].sum() / 15
@@ -213,9 +220,9 @@ def test_drawn_answers_end_as_written_ones_do() -> None:
     model.generation_config.temperature, model.generation_config.top_k = 0.01, 1  # not what is drawn from
     writer = Writer(TOKENIZER, Generation(12, "e"))
     torch.manual_seed(0)
-    found = writer.continuations(model, [row.prompt for row in prompts(3)], draws=60)
-    assert [len(own) for own in found] == [60] * 3
-    ids = [one for own in found for one in own]
+    drawn = writer.continuations(Base(model), [row.prompt for row in prompts(3)], draws=60)
+    assert [len(draws) for draws in drawn] == [60] * 3
+    ids = [one for draws in drawn for one in draws]
     assert len({tuple(one) for one in ids}) > 150
     stopped = [one for one in ids if "e" in TOKENIZER.decode(one)]
     assert stopped
@@ -234,12 +241,12 @@ def test_all_that_writing_feeds_to_the_model_is_counted(completions: Any) -> Non
     writer = Writer(TOKENIZER, ENDS)
     reward = Reward(letters, TOKENIZER, writer, completions, samples=5)
     torch.manual_seed(0)
-    written = writer.continuations(model, [row.prompt for row in rows], None if completions == "greedy" else 5)
+    written = writer.continuations(Base(model), [row.prompt for row in rows], None if completions == "greedy" else 5)
     torch.manual_seed(0)
     reward(model, build_batch(rows))
-    fed = sum(len(row.prompt) + len(ids) - 1 for row, own in zip(rows, written, strict=True) for ids in own)
+    fed = sum(len(row.prompt) + len(ids) - 1 for row, draws in zip(rows, written, strict=True) for ids in draws)
     if completions == "expected":  # scored as branches of one prompt
-        fed += sum(len(row.prompt) + sum(len(i) - 1 for i in own) for row, own in zip(rows, written, strict=True))
+        fed += sum(len(row.prompt) + sum(len(i) - 1 for i in draws) for row, draws in zip(rows, written, strict=True))
     assert reward.tokens == fed
 
 
@@ -247,11 +254,11 @@ def test_the_reward_of_an_evaluation_is_its_accuracy() -> None:
     model = build(ARCHITECTURES["opt"])
     task = Task("T", "{{ q }}?", ("yes", "no"), "a", dict)
     rows = encode(task, [{"q": "x" * n, "a": n % 2} for n in range(1, 20)], TOKENIZER, 60)
-    found = evaluate(model, rows, True, 4)
+    evaluation = evaluate(model, rows)
     reward = Reward(load_reward("accuracy"), TOKENIZER)
-    assert reward.mean(rows, found.predictions, None) == pytest.approx(found.accuracy)
+    assert reward.mean(rows, evaluation.predictions, None) == pytest.approx(evaluation.accuracy)
     with torch.inference_mode():
-        assert -reward(model, build_batch(rows)).mean().item() == pytest.approx(found.accuracy)
+        assert -reward(model, build_batch(rows)).mean().item() == pytest.approx(evaluation.accuracy)
 
 
 REWARDS = """
@@ -272,7 +279,7 @@ def nan(prompt, completion, example):
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of rewards in the working directory, under a name that no other test has imported."""
     name = f"rewards_of_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(REWARDS, encoding="utf-8")
@@ -293,13 +300,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_training_raises_a_reward_of_options(
-    own: str, flags: str, tmp_path: Path, model_folder: Path, data_folder: Path
+    module: str, flags: str, tmp_path: Path, model_folder: Path, data_folder: Path
 ) -> None:
     """From the command line: a reward for one of the two answers, whatever is right."""
     metrics = train_by_command(
         tmp_path,
         model_folder,
-        f"{flags} {SIZES} --lora_r 1 --task_name SST2 --data_dir {data_folder} --reward {own}:great",
+        f"{flags} {SIZES} --lora_r 1 --task_name SST2 --data_dir {data_folder} --reward {module}:great",
     )
     assert metrics["reward"] == 1
     assert metrics["dev_reward"] == 1
@@ -325,25 +332,27 @@ generate: {max_new_tokens: 4}
         "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8 --lora_r 4",
     ],
 )
-def test_training_raises_a_reward_of_written_answers(own: str, flags: str, tmp_path: Path, model_folder: Path) -> None:
+def test_training_raises_a_reward_of_written_answers(
+    module: str, flags: str, tmp_path: Path, model_folder: Path
+) -> None:
     """For every letter "a"; all that was fed to the model on the way is counted."""
     rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 14)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     flags += " --per_device_train_batch_size 16 --lora_target_modules q_proj v_proj fc1 fc2"
-    metrics = train_by_command(tmp_path, model_folder, f"{flags} {SIZES} --reward {own}:letter", WRITTEN)
+    metrics = train_by_command(tmp_path, model_folder, f"{flags} {SIZES} --reward {module}:letter", WRITTEN)
     assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
     assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
 
 
-def test_a_comparison_by_reward(own: str, tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
+def test_a_comparison_by_reward(module: str, tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
     """Without a merge both methods are one, to the last bit, and figures and table show the reward."""
     command = f"compare --model_name {model_folder} --use_cpu true --disable_tqdm true --output_root {tmp_path / 'all'}"
     command += f" --task_name SST2 --data_dir {data_folder} --num_train 32 --num_dev 8 --num_eval 12 --seeds 0"
     command += " --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --lora_rank 1 --max_steps 12 --eval_steps 4"
-    assert main([*command.split(), "--xgblora_steps_per_iteration", "12", "--reward", f"{own}:great"]) == 0
+    assert main([*command.split(), "--xgblora_steps_per_iteration", "12", "--reward", f"{module}:great"]) == 0
     summary = json.loads((tmp_path / "all" / "summary.json").read_text(encoding="utf-8"))
     assert {"LoRA+ZO", "XGBLoRA+ZO", "in-context"} == {
-        name for name, found in summary["methods"].items() if "reward" in found
+        name for name, values in summary["methods"].items() if "reward" in values
     }
     curves = sorted((tmp_path / "all").rglob("training_loss.jsonl"))
     assert len(curves) == 2
@@ -370,7 +379,7 @@ def test_the_documented_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "says"),
     [
         (
             "best",
@@ -387,9 +396,9 @@ def test_the_documented_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_bad_rewards_are_one_line(
-    own: str,
+    module: str,
     reward: str,
-    said: str,
+    says: str,
     tmp_path: Path,
     model_folder: Path,
     data_folder: Path,
@@ -397,13 +406,13 @@ def test_bad_rewards_are_one_line(
 ) -> None:
     command = f"train --model_name {model_folder} --use_cpu true --disable_tqdm true --output_dir {tmp_path / 'run'}"
     command += f" --task_name SST2 --data_dir {data_folder} --max_steps 2 --num_train 8 --num_dev 4 --num_eval 4"
-    assert main([*command.split(), "--reward", reward.replace("OWN", own)]) == 2
+    assert main([*command.split(), "--reward", reward.replace("OWN", module)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
+    assert says in line
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "says"),
     [
         ({"objective": "reward"}, "needs a --reward"),
         ({"objective": "best"}, "--objective must be one of likelihood, reward"),
@@ -415,8 +424,8 @@ def test_bad_rewards_are_one_line(
         ({"reward": "f1", "torch_compile": True}, "--torch_compile is for losses"),
     ],
 )
-def test_what_cannot_be_rewarded_is_refused(flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(XgbloraError, match=said):
+def test_what_cannot_be_rewarded_is_refused(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(XgbloraError, match=says):
         RunConfig(**flags)
 
 
@@ -425,8 +434,8 @@ def test_flags_of_rewards_say_when_they_do_nothing() -> None:
     assert RunConfig(reward="f1").reward_completions == "greedy"
     assert RunConfig(reward="f1", trainer="regular").reward_completions == "expected"
     assert not [note for note in notes(RunConfig(reward="f1", reward_samples=5)) if "reward" in note]
-    found = notes(RunConfig(reward_samples=5, reward_length_penalty=0.1, reward_completions="greedy"))
-    assert sum("has no effect without --reward" in note for note in found) == 3
+    lines = notes(RunConfig(reward_samples=5, reward_length_penalty=0.1, reward_completions="greedy"))
+    assert sum("has no effect without --reward" in line for line in lines) == 3
     assert any("--only_train_option" in note for note in notes(RunConfig(reward="f1", only_train_option=False)))
 
 

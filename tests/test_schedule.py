@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from conftest import train
 from xgblora import RunConfig, XgbloraError
-from xgblora.boosters import LEDGER
-from xgblora.schedule import Patience, PatienceState, Schedule, resolve
+from xgblora.adapters.files import LEDGER
+from xgblora.learn.schedule import Patience, PatienceState, Schedule, resolve
 
 
 def merges(schedule: Schedule, losses: list[float] | None = None, stops: frozenset[int] = frozenset()) -> list[int]:

@@ -1,15 +1,18 @@
 """Training: equivalence of the methods without a merge, merges where the schedule says, exact resume, loud failure."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from conftest import ARCHITECTURES, LogLines, build, examples, train
-from xgblora import DivergedError, RunConfig, Trainer, XgbloraError, attach
-from xgblora.objectives import classification_loss
+from xgblora import DivergedError, LayerSubset, OptionLoss, RunConfig, Trainer, XgbloraError, attach
+from xgblora.files import verify
+from xgblora.training.record import CurveRecorder
 
 
 @pytest.mark.parametrize("trainer", ["zo", "regular"])
@@ -80,7 +83,7 @@ def test_adaptive_merges_follow_the_losses(tmp_path: Path, log_lines: LogLines) 
     """An objective that never improves, whatever the parameters: patience runs out again and again."""
 
     def flat(model: Any, batch: Any) -> Tensor:
-        return classification_loss(model, batch) * 0 + 1
+        return OptionLoss()(model, batch) * 0 + 1
 
     config = RunConfig(
         output_dir=str(tmp_path),
@@ -224,7 +227,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     resumed, tail = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-11"))
     assert tail == losses  # the log history of the first 11 steps comes from the checkpoint
     assert resumed.ledger.boosters == whole.ledger.boosters
-    assert resumed.ledger.forward_passes == whole.ledger.forward_passes
+    assert resumed.cost == whole.cost
     for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
         assert torch.equal(mine.lora_A, theirs.lora_A)
         assert torch.equal(mine.lora_B, theirs.lora_B)
@@ -247,7 +250,7 @@ def test_gradient_accumulation_uses_new_directions_and_means(tmp_path: Path) -> 
     _, two = train(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **flags)
     assert one == pytest.approx(two, rel=1e-4)
     zo, _ = train(tmp_path / "c", per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
-    assert zo.ledger.forward_passes == 3 * 2 * 2
+    assert zo.cost.passes == 3 * 2 * 2
 
 
 def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
@@ -305,7 +308,7 @@ def test_a_diverged_loss_stops_the_run_before_the_step(trainer: str, value: floa
     def spoiled(model: Any, batch: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        losses = classification_loss(model, batch)
+        losses = OptionLoss()(model, batch)
         return losses * value if calls == 8 else losses
 
     adapters = attach(model)
@@ -323,7 +326,7 @@ def test_an_own_objective_is_minimised(tmp_path: Path) -> None:
     def prefer_first(model: Any, batch: Any) -> Tensor:
         from dataclasses import replace
 
-        return classification_loss(model, replace(batch, label=torch.zeros_like(batch.label)))
+        return OptionLoss()(model, replace(batch, label=torch.zeros_like(batch.label)))
 
     config = RunConfig(
         output_dir=str(tmp_path),
@@ -370,7 +373,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(trainer: str, tmp_path: Pat
     """A finite loss may have an infinite slope: such a step would poison the adapters for good."""
 
     def steep(model: Any, batch: Any) -> Tensor:
-        losses = classification_loss(model, batch)
+        losses = OptionLoss()(model, batch)
         return (losses - losses.detach()).abs().sqrt() if trainer == "regular" else losses * 1e38
 
     config = RunConfig(output_dir=str(tmp_path), max_steps=3, trainer=trainer, disable_tqdm=True, use_cpu=True)
@@ -379,3 +382,90 @@ def test_a_gradient_that_is_not_finite_stops_the_run(trainer: str, tmp_path: Pat
     with pytest.raises(DivergedError, match=r"(the gradient is not finite|the loss is inf) at step 1"):
         Trainer(model, config, adapters, examples(8), objective=steep).train()
     assert all(torch.isfinite(p).all() for p in adapters.parameters())
+
+
+def test_other_rows_are_scored_and_nothing_more(tmp_path: Path) -> None:
+    """Rows for testing, evaluated at every merge: no line of the record, no booster kept, no stop depends on them."""
+    flags: dict[str, Any] = {"xgblora": True, "xgblora_steps_per_iteration": 3, "max_steps": 60, "learning_rate": 0.3}
+    flags |= {"early_stopping_boosters": 2, "eval_strategy": "steps", "eval_steps": 3}
+    alone, _ = train(tmp_path / "alone", **flags)
+    seen: list[dict[str, float]] = []
+
+    class Curious(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % 3 == 0:
+                seen.append(trainer.evaluate(examples(16, seed=state.global_step), metric_key_prefix="test"))
+                trainer.evaluate(examples(16, seed=100 + state.global_step))
+
+    config = RunConfig(
+        output_dir=str(tmp_path / "curious"),
+        **{"optim": "adamw_torch", "zo_eps": 1e-2, "logging_steps": 1, "save_strategy": "no", "use_cpu": True} | flags,
+        disable_tqdm=True,
+    )
+    model = build(ARCHITECTURES["opt"])
+    adapters = attach(model, seed=config.seed, xgblora=True)
+    trainer = Trainer(model, config, adapters, examples(64), examples(32, seed=1), callbacks=[Curious()])
+    recorder = CurveRecorder(tmp_path / "curious", trainer.ledger)
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert set(seen[0]) == {"test_loss", "test_accuracy"}
+    assert trainer.state.global_step == alone.state.global_step < 60
+    assert trainer.ledger.boosters == alone.ledger.boosters
+    recorded = [json.loads(line) for line in (tmp_path / "curious" / "eval_loss.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in recorded] == list(range(3, trainer.state.global_step + 1, 3))
+    kept = {booster.evaluation["eval_loss"] for booster in trainer.ledger.boosters if booster.evaluation}
+    assert kept <= {line["eval_loss"] for line in recorded}
+
+
+def test_going_back_to_the_best_does_not_undo_work(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    flags |= {"save_steps": 1, "metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 1e-2}
+    trainer, _ = train(tmp_path, **flags, load_best_model_at_end=True)
+    assert trainer.state.best_global_step < 9
+    assert (trainer.cost.passes, trainer.cost.sequences) == (18, 9 * 2 * 8)
+    trainer.save_adapters(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "ledger.json").read_text("utf-8"))["forward_passes"] == 18
+
+
+@pytest.mark.parametrize(
+    "flags", [{"recipe": "boost", "lora_target_modules": ["out_proj"]}, {}, {"trainer": "regular"}]
+)
+def test_a_steps_loss_lies_where_transformers_keeps_its_sum(flags: dict[str, Any], tmp_path: Path) -> None:
+    """On a GPU a loss on the CPU is refused, after the whole first fit. No GPU here: another device stands for it."""
+
+    class Elsewhere(RunConfig):
+        device = property(lambda self: torch.device("meta" if self.elsewhere else "cpu"))
+        elsewhere = False
+
+    model = build(ARCHITECTURES["opt"])
+    config = Elsewhere(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **flags)
+    adapters = attach(model, config.rank, target_modules=config.lora_target_modules, xgblora=config.xgblora)
+    trainer = Trainer(model, config, adapters, examples(40))
+    trainer.current_gradient_accumulation_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    config.elsewhere = True
+    assert trainer.training_step(model, batch).device.type == "meta"
+
+
+def test_adapters_of_the_library_are_not_stamped_with_a_task(tmp_path: Path) -> None:
+    """Rows of one's own are of no task that this package knows."""
+    trainer, _ = train(tmp_path, max_steps=1)
+    trainer.ledger.save(tmp_path / "adapter")
+    assert verify(tmp_path / "adapter")["task"] is None
+
+
+def test_no_rows_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = build(ARCHITECTURES["opt"])
+    trainer = Trainer(model, RunConfig(output_dir=str(tmp_path), use_cpu=True), attach(model), examples(4))
+    with pytest.raises(XgbloraError, match="there are no rows to evaluate"):
+        trainer.evaluate()
+    with pytest.raises(XgbloraError, match="there are no rows to evaluate"):
+        trainer.evaluate([])
+
+
+def test_layers_that_do_not_train_get_no_gradient(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"trainer": "regular", "max_steps": 1, "lora": True, "layers": LayerSubset(1, "top")}
+    trainer, _ = train(tmp_path, **flags, weight_decay=0.1)
+    first = next(iter(trainer.adapters.layers.values()))
+    fresh = next(iter(attach(build(ARCHITECTURES["opt"]), rank=8, seed=trainer.args.seed).layers.values()))
+    assert torch.equal(first.lora_A, fresh.lora_A)

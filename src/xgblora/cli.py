@@ -15,18 +15,20 @@ from rich.table import Table as RichTable
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from xgblora.check import CheckConfig, check
-from xgblora.config import RunConfig
-from xgblora.demo import DemoConfig, demo
-from xgblora.errors import XgbloraError, within_memory
-from xgblora.experiment import ExperimentConfig, Result, experiment
-from xgblora.export import ExportConfig, export
-from xgblora.interruption import Interrupted
-from xgblora.preview import PreviewConfig, rows_table, task_table
-from xgblora.report import read_curves, results_table
-from xgblora.run import run
-from xgblora.stages import StagesConfig, stages
+from xgblora.config import UNSUPPORTED, RunConfig
+from xgblora.errors import XgbloraError, one_line, within_memory
+from xgblora.report import METRICS, read_curves, results_table
+from xgblora.runs.check import CheckConfig, check
+from xgblora.runs.demo import DemoConfig, demo
+from xgblora.runs.experiment import ExperimentConfig, Result, experiment
+from xgblora.runs.export import ExportConfig, export
+from xgblora.runs.folder import ADAPTER, folder_of
+from xgblora.runs.preview import PreviewConfig, rows_table, task_table
+from xgblora.runs.run import run
+from xgblora.runs.stages import StagesConfig, stages
 from xgblora.tasks import get_task, load_task
+from xgblora.training.interruption import Interrupted
+from xgblora.training.record import TRAINING_LOSS
 
 C = TypeVar("C")
 
@@ -73,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(verb: str, argv: list[str]) -> int:
     config = parse(RunConfig, verb, argv)
     run(config)
-    folder = Path(str(config.output_dir))
-    files = [folder / name for name in ("adapter", "training_loss.jsonl", "metrics.json")]
+    folder = folder_of(config)
+    files = [folder / name for name in (ADAPTER, TRAINING_LOSS, METRICS)]
     _show(Result([read_curves(folder)], [file for file in files if file.exists()]))
     return 0
 
@@ -108,11 +110,11 @@ def _tasks(verb: str, argv: list[str]) -> int:
 
 def _stages(verb: str, argv: list[str]) -> int:
     run_folder, config = _of_run(StagesConfig, verb, argv)
-    found, files = stages(run_folder, config)
+    scored, files = stages(run_folder, config)
     table = RichTable(title=f"{run_folder}: the first boosters alone")
     for column in ("boosters", "test accuracy %", "test loss", "dev accuracy %", "dev loss"):
         table.add_column(column, justify="right")
-    for stage in found:
+    for stage in scored:
         dev = ("", "")
         if stage.dev_accuracy is not None:
             dev = (f"{100 * stage.dev_accuracy:.1f}", f"{stage.dev_loss:.4f}")
@@ -140,27 +142,44 @@ def _of_run(kind: type[C], verb: str, argv: list[str]) -> tuple[Path, C]:
 
 
 class _Parser(HfArgumentParser):
-    """transformers' parser, with errors of one line."""
+    """transformers' parser, with errors of one line, and without help on flags that are refused."""
 
     def error(self, message: str) -> NoReturn:
         raise XgbloraError(f"{message} (xgblora VERB --help lists the flags)")
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        if names and str(names[0]).lstrip("-") in UNSUPPORTED:
+            settings["help"] = argparse.SUPPRESS
+        return super().add_argument(*names, **settings)
 
-def _parser(kind: type, verb: str) -> _Parser:
-    parser = _Parser(kind, prog=f"xgblora {verb}", allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+
+class _GivenParser(_Parser):
+    """The same, for the flags alone that really stand in a command line."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        return super().add_argument(*names, **settings | {"default": argparse.SUPPRESS})
+
+
+def parser(kind: type, verb: str, made_by: type[_Parser] = _Parser) -> _Parser:
+    """The parser of a verb's flags."""
+    made = made_by(kind, prog=f"xgblora {verb}", allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     # argparse of Python 3.11 takes -1e-3 for a flag; it is a number that we refuse with a better message.
-    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-    return parser
+    made._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # noqa: SLF001
+    return made
 
 
 def parse(kind: type[C], verb: str, argv: Sequence[str]) -> C:
     """The configuration that command-line arguments mean. Flags may have - in place of _."""
+    for token in argv:
+        name = token.partition("=")[0].removeprefix("--").replace("-", "_")
+        if token.startswith("--") and (reason := UNSUPPORTED.get(name)) and issubclass(kind, RunConfig):
+            raise XgbloraError(f"--{name} is not supported: {reason}")
     try:
-        config, unknown = _parser(kind, verb).parse_args_into_dataclasses(
+        config, unknown = parser(kind, verb).parse_args_into_dataclasses(
             list(argv), look_for_args_file=False, return_remaining_strings=True
         )
     except ValueError as error:
-        raise error if isinstance(error, XgbloraError) else XgbloraError(" ".join(str(error).split())) from error
+        raise error if isinstance(error, XgbloraError) else XgbloraError(one_line(error, 1000)) from error
     if unknown:
         raise XgbloraError(f"unknown argument {unknown[0]!r} (xgblora {verb} --help lists the flags)")
     return config  # type: ignore[no-any-return]
@@ -174,9 +193,9 @@ def parse_experiment(verb: str, argv: Sequence[str]) -> ExperimentConfig:
     """
     argv = list(argv)
     mark = next((i for i, token in enumerate(argv) if token in ("--extra_args", "--extra-args")), len(argv))
-    before, extra = _given(argv[:mark], verb), _given(argv[mark + 1 :], verb)
-    own = ["lora", "xgblora", "seed", "output_dir", *(["recipe"] if verb == "compare" else ["methods"])]
-    for name in own:
+    flags = parser(ExperimentConfig, verb, _GivenParser)
+    before, extra = (vars(flags.parse_known_args(part)[0]) for part in (argv[:mark], argv[mark + 1 :]))
+    for name in ["lora", "xgblora", "seed", "output_dir", *(["recipe"] if verb == "compare" else ["methods"])]:
         if name in before or name in extra:
             raise XgbloraError(f"--{name} is set for each run of a comparison: use --methods, --seeds, --output_root")
     for name in before.keys() & extra.keys():
@@ -185,14 +204,6 @@ def parse_experiment(verb: str, argv: Sequence[str]) -> ExperimentConfig:
     config = parse(ExperimentConfig, verb, argv[:mark] + argv[mark + 1 :])
     config.output_root = config.output_root or f"runs/{verb}_{config.task_name}"
     return config
-
-
-def _given(argv: Sequence[str], verb: str) -> dict[str, Any]:
-    """The values of the flags that really stand in ``argv``."""
-    parser = _parser(ExperimentConfig, verb)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_known_args(list(argv))[0])
 
 
 def _show(result: Result) -> None:

@@ -1,12 +1,15 @@
-"""The errors a user can mend. The command line prints them as one line; the library raises them."""
+"""Errors that a user can mend. The command line prints them as one line; the library raises them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-LONGEST = 1000
-"""Characters of a message at most: what a file holds may be quoted in it."""
+LONGEST_MESSAGE = 1000
+"""Characters. A message may quote what a file holds."""
+
+NO_MEMORY = ("can't allocate memory", "bad_alloc")
+"""How torch's CPU allocator and C++ report exhausted memory in a RuntimeError."""
 
 
 class XgbloraError(ValueError):
@@ -14,20 +17,21 @@ class XgbloraError(ValueError):
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())
-        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}...")
 
 
 class DivergedError(XgbloraError):
     """The loss became NaN or infinite. The step was not applied."""
 
 
-NO_MEMORY = ("can't allocate memory", "bad_alloc")
-"""What torch says in a RuntimeError, of its allocator on a CPU and of C++'s."""
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """The message of any exception in one line of at most ``longest`` characters, or its kind where it has none."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 @contextmanager
 def within_memory(where: str, advice: str) -> Iterator[None]:
-    """One :class:`XgbloraError` for all the ways in which torch and Python say that memory has run out."""
+    """Turn every way in which torch and Python report exhausted memory into one :class:`XgbloraError`."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -38,7 +42,7 @@ def within_memory(where: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Put where it happened in front of an :class:`XgbloraError` that is raised inside."""
+    """Put the place in front of the message of any :class:`XgbloraError` raised inside the block."""
     try:
         yield
     except XgbloraError as error:

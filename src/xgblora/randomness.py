@@ -1,20 +1,42 @@
 """Random numbers from a counter: what a generator yields depends on its key alone, never on what ran before."""
 
-from typing import Literal, get_args
+from enum import IntEnum
 
 import numpy as np
 import torch
 
-Purpose = Literal["pair", "direction", "split", "layers", "search", "demonstrations"]
 
-_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+class Stream(IntEnum):
+    """What random numbers are used for. The number is part of every key: never change one, only add."""
+
+    PAIR = 0
+    """First A of a pair."""
+    DIRECTION = 1
+    """Directions of a zeroth-order step."""
+    SPLIT = 2
+    """Which rows are train, development and evaluation rows."""
+    LAYERS = 3
+    """Layers in which a pair trains."""
+    SEARCH = 4
+    """Rows that are set aside to find step lengths."""
+    DEMONSTRATIONS = 5
+    """Answered examples in a prompt."""
 
 
-def generator(seed: int, purpose: Purpose, *counter: int) -> torch.Generator:
-    """A CPU generator for one use.
+def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:
+    """Make a CPU generator for one use.
 
-    ``seed`` is the run's, ``purpose`` keeps uses apart, ``counter`` is the place in the run (step, micro-batch,
-    booster, ...), all non-negative. Equal keys give equal numbers on every platform and after every resume.
+    Args:
+        seed: The run's seed.
+        stream: Keeps uses apart.
+        counter: The place in the run (step, micro-batch, booster, ...), all non-negative.
+
+    Returns:
+        A generator. Equal keys give equal numbers on every platform and after every resume.
+
+    Example:
+        >>> torch.randperm(4, generator=generator(0, Stream.SPLIT, 1)).tolist()
+        [3, 0, 1, 2]
     """
-    key = np.random.SeedSequence([seed, _PURPOSES.index(purpose), *counter])
+    key = np.random.SeedSequence([seed, int(stream), *counter])
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))

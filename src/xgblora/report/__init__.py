@@ -1,11 +1,13 @@
-"""What people look at: figures and tables of finished runs."""
+"""What people look at: typed results, figures and tables of finished runs."""
 
-from xgblora.report.curves import Curves, read_curves
 from xgblora.report.figures import draw_eval, draw_loss, draw_merge_eval, draw_stages, draw_summary
+from xgblora.report.result import METRICS, Curves, RunResult, read_curves
 from xgblora.report.table import results_table, summarise
 
 __all__ = [
+    "METRICS",
     "Curves",
+    "RunResult",
     "draw_eval",
     "draw_loss",
     "draw_merge_eval",

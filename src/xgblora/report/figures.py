@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from xgblora.files import write_atomically
-from xgblora.report.curves import Curves
+from xgblora.report.result import Curves
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe & Ito: told apart by colour-blind readers too
 STYLES = ("-", "--", "-.", ":")  # identical curves stay visible on top of each other
@@ -40,9 +40,10 @@ def draw_loss(runs: Sequence[Curves], path: Path) -> None:
             name = f"{label}, mean of {len(group)} seed(s)" + (f", running over {window} points" if window > 1 else "")
             axes.plot(steps, smooth, style, color=colour, linewidth=2.4, label=name)
         for run in group:
-            axes.plot(unit(run) * np.array(run.merges), [0.015] * len(run.merges), "|", color=colour, markersize=12,
+            merges = run.result.merge_steps
+            axes.plot(unit(run) * np.array(merges), [0.015] * len(merges), "|", color=colour, markersize=12,
                       markeredgewidth=1.6, transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
-    _finish(figure, axes, path, merges=any(run.merges for run in runs))
+    _finish(figure, axes, path, merges=any(run.result.merges for run in runs))
 
 
 def draw_eval(runs: Sequence[Curves], path: Path) -> None:
@@ -58,19 +59,23 @@ def draw_eval(runs: Sequence[Curves], path: Path) -> None:
             axes.plot(work_done, reached, "o-", markersize=3, color=colour, alpha=0.8, label=legend)
             merged = np.array([line["merge"] for line in run.evals], dtype=bool)
             axes.plot(work_done[merged], reached[merged], "D", markersize=7, color=colour)
-    _finish(figure, axes, path, merges=any(run.merges for run in runs), merge_marker="D")
+    _finish(figure, axes, path, merges=any(run.result.merges for run in runs), merge_marker="D")
 
 
 def _rewarded(runs: Sequence[Curves]) -> bool:
     """Whether training followed a reward: then the loss is minus that."""
-    return "reward" in runs[0].metrics
+    return runs[0].result.reward is not None
 
 
 def _work(runs: Sequence[Curves]) -> tuple[str, Callable[[Curves], float]]:
-    """What to draw curves over, and how much of it a step is: steps, examples where steps differ in size."""
-    if len({run.metrics["forward_sequences"] / max(run.metrics["steps"], 1) for run in runs}) == 1:
+    """What to draw curves over, and how much of it a step is: steps, or examples where steps differ in size."""
+
+    def examples(run: Curves) -> float:
+        return run.result.forward_sequences / max(run.result.steps, 1)
+
+    if len({examples(run) for run in runs}) == 1:
         return "step", lambda run: 1.0
-    return "examples forwarded", lambda run: run.metrics["forward_sequences"] / max(run.metrics["steps"], 1)
+    return "examples forwarded", examples
 
 
 def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
@@ -113,16 +118,16 @@ def draw_stages(scores: Mapping[str, Sequence[tuple[float, float]]], path: Path)
 
 
 def draw_summary(runs: Sequence[Curves], path: Path) -> None:
-    """Held-out accuracy against zero-shot, and seconds a step: mean over seeds, bars of one standard deviation."""
+    """Held-out accuracy against zero-shot, and the time of a training: mean over seeds, bars of one standard deviation.
+
+    The whole training's time, since a step of one method may be a whole booster of another.
+    """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    groups = _by_label(runs)
-    for number, (label, group) in enumerate(groups.items()):
-        for axes, name, factor, form in (
-            (left, "accuracy", 100, "{:.1f} %"),
-            (right, "seconds_per_step", 1, "{:.3g} s"),
-        ):
-            values = factor * np.array([run.metrics[name] for run in group if name in run.metrics], dtype=float)
+    for number, (label, group) in enumerate(_by_label(runs).items()):
+        accuracies = [100 * run.result.accuracy for run in group]
+        seconds = [run.result.training_seconds for run in group if run.result.training_seconds is not None]
+        for axes, values, form in ((left, np.array(accuracies), "{:.1f} %"), (right, np.array(seconds), "{:.3g} s")):
             if not len(values):
                 continue  # nothing was trained
             spread = values.std(ddof=1) if len(values) > 1 else 0
@@ -130,13 +135,13 @@ def draw_summary(runs: Sequence[Curves], path: Path) -> None:
             axes.plot([label] * len(values), values, "o", color="black", markersize=3, alpha=0.6)
             text = form.format(values.mean()) + (f" ± {spread:.2g}" if len(values) > 1 else "")
             axes.annotate(text, (label, values.mean() + spread), (0, 4), textcoords="offset points", ha="center")
-    zero_shot = 100 * float(np.mean([run.metrics["zero_shot_accuracy"] for run in runs]))
+    zero_shot = 100 * float(np.mean([run.result.zero_shot_accuracy for run in runs]))
     left.axhline(zero_shot, color="grey", linestyle="--", label=f"zero-shot {zero_shot:.1f} %")
-    rows = runs[0].metrics
-    left.set(title=f"Accuracy on {rows['rows']['evaluation']} held-out {rows['evaluation_split']} rows "
-             f"({rows['task']})", ylabel="accuracy (%)", ylim=(0, 105))  # fmt: skip
+    first = runs[0].result
+    left.set(title=f"Accuracy on {first.rows['evaluation']} held-out {first.evaluation_split} rows ({first.task})",
+             ylabel="accuracy (%)", ylim=(0, 105))  # fmt: skip
     left.legend(loc="lower right")
-    right.set(title="Time of a training step (median)", ylabel="seconds")
+    right.set(title="Time of the training steps", ylabel="seconds")
     right.margins(y=0.15)
     _save(figure, path)
 
@@ -144,7 +149,7 @@ def draw_summary(runs: Sequence[Curves], path: Path) -> None:
 def _by_label(runs: Sequence[Curves]) -> dict[str, list[Curves]]:
     groups: dict[str, list[Curves]] = {}
     for run in runs:
-        groups.setdefault(run.label, []).append(run)
+        groups.setdefault(run.result.label, []).append(run)
     return groups
 
 
@@ -155,8 +160,8 @@ def _column(lines: Sequence[dict[str, float]], name: str) -> np.ndarray:
 def _canvas(title: str, x: str, y: str, runs: Sequence[Curves]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    model = Path(str(runs[0].metrics["model"])).name
-    axes.set(title=f"{title}: {model} on {runs[0].metrics['task']}", xlabel=x, ylabel=y)
+    result = runs[0].result
+    axes.set(title=f"{title}: {Path(result.model).name} on {result.task}", xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     return figure, axes
 

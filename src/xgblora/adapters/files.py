@@ -1,0 +1,202 @@
+"""The files of an adapter: PEFT's two, ``ledger.json`` beside them, and a manifest that seals all three.
+
+K merged rank-1 boosters and the pair in training are one LoRA of rank K + r with the same scaling, so that is how they
+are stored: ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT writes them, boosters first.
+``ledger.json`` says what PEFT does not know: where each booster came from, and what training needs to go on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.errors import XgbloraError
+from xgblora.files import MANIFEST, read_json, verify, write_json
+
+WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+LEDGER = "ledger.json"
+ENTRIES = ("rank", "scaling", "boosters", "evaluation")
+"""What a ledger.json must hold."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter as it was read from disk, after its digests were checked."""
+
+    folder: Path
+    entries: dict[str, Any]
+    """Content of ledger.json."""
+    tensors: dict[str, Tensor]
+    """The pairs, by the names that PEFT gives them."""
+    fingerprint: dict[str, Any]
+    """What they belong to."""
+
+
+def write(folder: Path, adapters: Adapters, entries: Mapping[str, Any]) -> None:
+    """Write all boosters and the pair in training into a folder that exists, with ``entries`` as ledger.json."""
+    rank = adapters.boosters + adapters.rank
+    tensors = {}
+    for name, layer in adapters.layers.items():
+        for matrix, rows in zip("AB", layer.pairs(), strict=True):
+            tensors[tensor_name(name, matrix)] = rows.detach().contiguous().cpu()
+    ours = adapters.peft_config
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=adapters.scaling * rank,  # PEFT divides by the rank again
+        target_modules=ours.target_modules,
+        fan_in_fan_out=ours.fan_in_fan_out,
+        task_type=ours.task_type,
+        base_model_name_or_path=ours.base_model_name_or_path,
+        inference_mode=True,
+    )
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set would be written in another order each time
+    config.save_pretrained(str(folder))
+    write_json(folder / LEDGER, dict(entries))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read(folder: Path) -> Stored:
+    """Read what :func:`write` wrote and sealed.
+
+    Raises:
+        XgbloraError: A file is missing, damaged or of another version; the message names it.
+    """
+    for name in (MANIFEST, LEDGER, WEIGHTS):
+        if not (folder / name).is_file():
+            raise XgbloraError(f"{folder} holds no adapters of xgblora's: {name} is missing")
+    fingerprint = verify(folder)
+    entries = read_json(folder / LEDGER)
+    require_entries(folder, entries, ENTRIES)
+    return Stored(folder, entries, read_tensors(folder / WEIGHTS), fingerprint)
+
+
+def require_entries(folder: Path, entries: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Raise :class:`XgbloraError` where a ledger.json lacks some entries."""
+    if missing := set(names) - set(entries):
+        raise XgbloraError(f"{folder / LEDGER} is of another version (no {', '.join(sorted(missing))})")
+
+
+def require_match(stored: Stored, ours: Mapping[str, Any]) -> None:
+    """Raise :class:`XgbloraError` where a stored adapter belongs to something else than ``ours``, a fingerprint.
+
+    Weights are compared where both bases have one precision, tasks where both are known.
+    """
+    theirs = stored.fingerprint
+    names = set(ours) - {"targets"}  # several spellings mean the same layers, which are compared one by one
+    if theirs.get("base dtype") != ours["base dtype"]:
+        names -= {"base dtype", "base weights"}
+    if theirs.get("task") is None or ours["task"] is None:
+        names -= {"task"}
+    different = ", ".join(
+        f"{name}: {theirs.get(name)} there, {ours[name]} here"
+        for name in sorted(names)
+        if theirs.get(name) != ours[name]
+    )
+    if different:
+        raise XgbloraError(f"{stored.folder} was trained otherwise ({different}): load it with the same settings")
+
+
+@torch.no_grad()
+def restore(adapters: Adapters, stored: Stored, boosters: int) -> None:
+    """Put stored pairs into the adapters: the first ``boosters`` ranks as boosters, the others as the pair in training.
+
+    Raises:
+        XgbloraError: The adapters have other layers, or layers of another size.
+    """
+    file, tensors = stored.folder / WEIGHTS, dict(stored.tensors)
+    for name, layer in adapters.layers.items():
+        try:
+            A, B = tensors.pop(tensor_name(name, "A")), tensors.pop(tensor_name(name, "B"))
+        except KeyError:
+            raise XgbloraError(f"{file} has no adapter for {name}: other target modules?") from None
+        if A.shape != (boosters + layer.lora_A.shape[0], layer.in_features) or B.shape[0] != layer.out_features:
+            raise XgbloraError(f"{file} does not fit {name}: it was trained on another base model")
+        A, B = A.to(adapters.device), B.to(adapters.device)
+        layer.booster_A, layer.booster_B = A[:boosters].clone(), B[:, :boosters].clone()
+        layer.lora_A.copy_(A[boosters:])
+        layer.lora_B.copy_(B[:, boosters:])
+    if tensors:
+        raise XgbloraError(f"{file} adapts {next(iter(tensors))}, the model does not")
+
+
+def require_lora(folder: Path) -> tuple[int, float]:
+    """Rank of a PEFT LoRA, and the factor of its B A.
+
+    Raises:
+        XgbloraError: The folder holds no LoRA, or one that a stack of rank-1 pairs cannot hold.
+    """
+    for name in (PEFT_CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise XgbloraError(f"{folder} holds no PEFT adapter: {name} is missing")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        rank, factor = config.r, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise XgbloraError(f"{folder / PEFT_CONFIG} is not that of a LoRA: {error}") from error
+    for option in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+        if getattr(config, option, None):
+            raise XgbloraError(f"{folder} uses {option}, which a stack of rank-1 pairs cannot hold")
+    return rank, factor
+
+
+@torch.no_grad()
+def restore_lora(adapters: Adapters, folder: Path) -> int:
+    """Make every rank of a PEFT LoRA a booster of adapters that have none. Returns how many.
+
+    Raises:
+        XgbloraError: As :func:`require_lora` does, and where these adapters' layers cannot hold the LoRA.
+    """
+    rank, factor = require_lora(folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    for name, layer in adapters.layers.items():
+        A, B = (tensors.pop(tensor_name(name, matrix), None) for matrix in "AB")
+        A = torch.zeros(rank, layer.in_features) if A is None else A.float()
+        B = torch.zeros(layer.out_features, rank) if B is None else B.float() * (factor / layer.scaling)
+        if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
+            raise XgbloraError(f"{folder / WEIGHTS} does not fit {name}: it was trained on another base model")
+        layer.booster_A, layer.booster_B = A.to(adapters.device), B.to(adapters.device)
+    if tensors:
+        raise XgbloraError(
+            f"{folder} adapts {next(iter(tensors))}, which this run does not: name those layers with "
+            "--lora_target_modules"
+        )
+    return rank
+
+
+def pair_tensors(adapters: Adapters) -> dict[str, Tensor]:
+    """Copies of the pair in training, by the names that PEFT gives its matrices."""
+    return {
+        tensor_name(name, matrix): getattr(layer, f"lora_{matrix}").detach().clone()
+        for name, layer in adapters.layers.items()
+        for matrix in "AB"
+    }
+
+
+@torch.no_grad()
+def restore_pair(adapters: Adapters, tensors: Mapping[str, Tensor]) -> None:
+    """Put copies that :func:`pair_tensors` made back into the pair in training."""
+    for name, layer in adapters.layers.items():
+        layer.lora_A.copy_(tensors[tensor_name(name, "A")])
+        layer.lora_B.copy_(tensors[tensor_name(name, "B")])
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises :class:`XgbloraError` where it is damaged."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise XgbloraError(f"{file} is damaged ({error}): take another checkpoint") from error
+
+
+def tensor_name(layer: str, matrix: str) -> str:
+    """What PEFT calls A or B of a layer."""
+    return f"base_model.model.{layer}.lora_{matrix}.weight"

@@ -1,0 +1,61 @@
+"""What a model says of its own architecture: its decoder layers, its context, what it does to logits."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+SAMPLED = 64
+"""Entries of each weight that a fingerprint looks at."""
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The blocks that the model runs one after the other, by name, in order; empty where it does not say."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence that a model's positions allow; None where its configuration sets no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(length := getattr(config, name, None), int):
+            return length
+    return None
+
+
+def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    """What some architectures do to logits after the head, read from their configuration."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one base model from another, as JSON values: architecture, sizes, dtype, a hash over all weights.
+
+    The hash takes up to SAMPLED entries, evenly spread, of every weight as it is stored: reading all of a large model
+    would take longer than loading it.
+    """
+    digest = hashlib.sha256()
+    dtype = None
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        entries = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(entries.view(torch.uint8).numpy().tobytes())
+        dtype = dtype or str(weight.dtype).removeprefix("torch.")
+    config = model.config.get_text_config()
+    return {
+        "architecture": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "dtype": dtype,
+        "weights": digest.hexdigest(),
+    }

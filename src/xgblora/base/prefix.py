@@ -1,0 +1,178 @@
+"""The layers below the lowest one that trains: computed once for all probes, and kept for the next time.
+
+They see the same tokens in both probes of every direction, and they do not change while a booster trains. So a step
+needs them once instead of twice, and not at all for examples whose activations are still in memory.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xgblora.base.architecture import decoder_layers
+from xgblora.base.attention import forward
+from xgblora.base.swap import StandIn, swap
+from xgblora.data.batch import Batch, Example, build_batch
+from xgblora.errors import XgbloraError, one_line
+
+logger = logging.getLogger(__name__)
+
+
+class Prefix:
+    """What the layers below one layer compute, for the batches of a run.
+
+    The values do not depend on whether they were kept, except for rounding: a batch of another size may be summed in
+    another order. So a run forgets them at every checkpoint, where a resumed one has none.
+
+    Args:
+        model: The model, with whatever adapters are attached to it.
+        cache_bytes: Bound on the activations that are kept (in packed batches); 0 keeps none.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache_bytes: int) -> None:
+        self.model = model
+        self.cache_bytes = cache_bytes
+        self.used_bytes = 0
+        self._kept: dict[Any, Tensor] = {}
+        self._full = False
+        self._possible: bool | None = None
+
+    def clear(self) -> None:
+        """Forget all activations: what lies below the layer has changed, or another layer is the lowest."""
+        self._kept.clear()
+        self.used_bytes = 0
+        self._full = False
+
+    def possible(self, layer: str, packed: bool) -> bool:
+        """Whether forwards of this model can start at a layer; measured once."""
+        if self._possible is None:
+            self._possible = can_enter(self.model, layer, packed)
+        return self._possible
+
+    @contextmanager
+    def skipped(self, layer: str, batch: Batch) -> Iterator[None]:
+        """Forwards of ``batch`` inside the block start at decoder layer ``layer``."""
+        original = batch.original or batch
+        hidden = self._packed(original, layer) if batch.packed else run_below(self.model, original, layer)
+        copies = batch.segments // original.segments
+        if batch.packed:
+            filler = batch.input_ids.numel() - copies * original.input_ids.numel()
+            hidden = F.pad(hidden.repeat(1, copies, 1), (0, 0, 0, filler))
+        else:
+            hidden = hidden.repeat(copies, 1, 1)
+        with entering(self.model, layer, hidden):
+            yield
+
+    def _packed(self, batch: Batch, layer: str) -> Tensor:
+        """Hidden states (1, tokens, hidden) that enter ``layer``, from memory where they are."""
+        keys = [_key(example) for example in batch.examples]
+        entries = {key: self._kept[key] for key in keys if key in self._kept}
+        missing = {key: e for key, e in zip(keys, batch.examples, strict=True) if key not in entries}
+        if missing:
+            examples = list(missing.values())
+            part = batch if len(examples) == len(keys) else build_batch(examples).to(batch.input_ids.device)
+            hidden = run_below(self.model, part.filled(), layer)[0, : part.tokens]
+            lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
+            for key, rows in zip(missing, hidden.split(lengths), strict=True):
+                entries[key] = rows
+                self._keep(key, rows)
+        return torch.cat([entries[key] for key in keys])[None]
+
+    def _keep(self, key: Any, rows: Tensor) -> None:
+        if self.used_bytes + rows.nbytes <= self.cache_bytes:
+            self._kept[key] = rows.clone()  # a view would keep its whole batch
+            self.used_bytes += rows.nbytes
+        elif self.cache_bytes and not self._full:
+            self._full = True
+            logger.info(
+                "The activation cache is full: it holds %d examples in %.2f GB; others are computed every time "
+                "(--activation_cache_gb)",
+                len(self._kept),
+                self.used_bytes / 1e9,
+            )
+
+
+def _key(example: Example) -> tuple[Any, ...]:
+    return tuple(example.prompt), tuple(map(tuple, example.options))
+
+
+def run_below(model: PreTrainedModel, batch: Batch, layer: str) -> Tensor:
+    """The hidden states that enter decoder layer ``layer``: (1, tokens, hidden) packed, (rows, longest, hidden)."""
+    with ExitStack() as undo:
+        swap(model, layer, _Stop(model.get_submodule(layer)), undo)
+        try:
+            forward(model, batch)
+        except _Reached as reached:
+            return reached.hidden
+    raise XgbloraError(f"--xgblora_layers: {type(model).__name__} did not run its layer {layer}")
+
+
+@contextmanager
+def entering(model: PreTrainedModel, layer: str, hidden: Tensor) -> Iterator[None]:
+    """Forwards inside the block skip all decoder layers before ``layer``, which starts at ``hidden``."""
+    layers = decoder_layers(model)
+    names = list(layers)
+    below = names[: names.index(layer)]
+    with ExitStack() as undo:
+        for name in below:
+            swap(model, name, _Skip(layers[name], hidden if name == below[-1] else None), undo)
+        yield
+
+
+@torch.inference_mode()
+def can_enter(model: PreTrainedModel, layer: str, packed: bool) -> bool:
+    """Whether a forward that starts at ``layer`` gives what a whole one does. Measured; the log says where not."""
+    batch = build_batch([Example([1, 2, 3], [[4], [5]], 0), Example([6, 7], [[4], [5]], 0)], packed).to(model.device)
+
+    def read() -> Tensor:
+        hidden = forward(model, batch)
+        return hidden.reshape(-1, hidden.shape[-1])[batch.read].float()
+
+    expected = read()
+    try:
+        with entering(model, layer, run_below(model, batch, layer)):
+            entered = read()
+    except Exception as error:  # whatever a foreign architecture raises
+        reason = one_line(error, 100)
+    else:
+        if torch.allclose(entered, expected, rtol=1e-3, atol=1e-3):
+            return True
+        reason = "its hidden states would differ"
+    logger.info(
+        "%s computes all layers for each probe: it cannot start at %s (%s)", type(model).__name__, layer, reason
+    )
+    return False
+
+
+class _Reached(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class _Stop(StandIn):
+    """Ends the forward where the lower layers end."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise _Reached(hidden_states)
+
+
+class _Skip(StandIn):
+    """Computes nothing; gives ``hidden`` where that is not None, else its input, which nobody will read."""
+
+    def __init__(self, source: torch.nn.Module, hidden: Tensor | None) -> None:
+        super().__init__(source)
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.hidden is None:
+            return hidden_states
+        if hidden_states.shape != self.hidden.shape:
+            raise XgbloraError(
+                "--xgblora_layers: the objective ran the model on another batch than its own; leave the flag out"
+            )
+        return self.hidden

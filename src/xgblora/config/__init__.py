@@ -1,0 +1,22 @@
+"""Configuration: every flag of a run, declared once, and what follows from its declaration."""
+
+from xgblora.config.describe import banner, idle_flags, notes, warn_rank
+from xgblora.config.flag import flag
+from xgblora.config.flags import EMBEDDED_MODEL, UNSUPPORTED
+from xgblora.config.identity import changed, defaults, differences, without_idle_flags
+from xgblora.config.run_config import RunConfig
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "UNSUPPORTED",
+    "RunConfig",
+    "banner",
+    "changed",
+    "defaults",
+    "differences",
+    "flag",
+    "idle_flags",
+    "notes",
+    "warn_rank",
+    "without_idle_flags",
+]

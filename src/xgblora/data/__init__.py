@@ -1,0 +1,1 @@
+"""Examples and batches: what every other room passes around."""

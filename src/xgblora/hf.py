@@ -1,0 +1,121 @@
+"""The fence around transformers: every private name of it that this package overrides or reads is in this file.
+
+What is overridden is checked when this module is imported, so that another version of transformers is refused in one
+line, and not by a step that silently no longer happens.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+SUPPORTED = "transformers>=5.20,<6"
+
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_save": ("output_dir", "state_dict"),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_rng_state": ("checkpoint",),
+    "_load_best_model": (),
+    "_run_epoch": (
+        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ),
+}
+"""Hooks of ``transformers.Trainer`` and their parameters, as :class:`HookedTrainer` overrides them."""
+
+
+def differences() -> list[str]:
+    """What the installed transformers lacks, or has with another signature."""
+    missing = []
+    for name, expected in OVERRIDDEN.items():
+        hook = getattr(transformers.Trainer, name, None)
+        if hook is None or tuple(inspect.signature(hook).parameters)[1:] != expected:
+            missing.append(f"Trainer.{name}({', '.join(expected)})")
+    if not isinstance(getattr(PreTrainedConfig, "_attn_implementation", None), property):
+        missing.append("PreTrainedConfig._attn_implementation")
+    if not hasattr(TrainingArguments, "_setup_devices"):
+        missing.append("TrainingArguments._setup_devices")
+    return missing
+
+
+if missing := differences():
+    raise ImportError(
+        f"xgblora does not work with transformers {transformers.__version__} (it lacks {'; '.join(missing)}): run  "
+        f'python -m pip install "{SUPPORTED}"'
+    )
+
+
+class HookedTrainer(transformers.Trainer):
+    """transformers' Trainer with its private hooks under public names, for a subclass to override."""
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write what was trained, in place of the whole model."""
+
+    def write_checkpoint(self) -> None:
+        """Write the checkpoint of the step just taken."""
+
+    def load_adapters(self, checkpoint: Path) -> None:
+        """Read what was trained, before training goes on."""
+
+    def load_training_state(self, checkpoint: Path) -> None:
+        """Read optimizer, learning-rate schedule and progress."""
+
+    def load_random_numbers(self, checkpoint: Path) -> None:
+        """Put the global random generators back to where they were."""
+
+    def load_best(self, checkpoint: Path) -> None:
+        """Read what was trained from the best checkpoint, after training."""
+
+    def is_over(self) -> bool:
+        """Whether no step is left, asked before each epoch. transformers asks only after a step."""
+        return False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.save_adapters(Path(str(output_dir or self.args.output_dir)))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.write_checkpoint()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.load_adapters(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.load_training_state(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.load_random_numbers(Path(checkpoint))
+
+    def _load_best_model(self) -> None:
+        self.load_best(Path(self.state.best_model_checkpoint))
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """Keep transformers from splitting a batch over several GPUs."""
+    args._n_gpu = min(args.n_gpu, 1)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run forwards inside the block with a registered attention function; then restore the model's own."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

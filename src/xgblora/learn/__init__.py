@@ -1,0 +1,1 @@
+"""How a step is made: losses and rewards, gradient estimates, fitted boosters, merge schedules, evaluation."""

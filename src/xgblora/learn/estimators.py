@@ -1,0 +1,181 @@
+"""Gradient estimates of one batch: zeroth-order (two-sided SPSA) and by backpropagation.
+
+For a direction z ~ N(0, I) the projected gradient is g = (L(theta + eps z) - L(theta - eps z)) / 2 eps, and E[g z] is
+the gradient up to eps^2 (Spall 1992; MeZO, arXiv 2305.17333). With ``shared`` directions the whole batch has one, as in
+MeZO. With ``per_example`` ones example i has its own z_i, and the estimate is the mean of g_i z_i: for B examples of
+gradient norm |l_i| its variance is about mean(|l_i|^2) d / B against |mean l|^2 d, so never more and often B times
+less, for the same forward passes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.adapters.linear import Probe
+from xgblora.base.cpu_layout import return_freed_memory
+from xgblora.base.prefix import Prefix
+from xgblora.config import RunConfig
+from xgblora.data.batch import Batch, build_batch
+from xgblora.learn.cost import Cost
+from xgblora.learn.losses import Loss
+from xgblora.randomness import Stream, generator
+
+FORWARD_TOKENS = 1024
+"""Tokens of a forward on a CPU, about: with more, what a layer hands to the next no longer stays in its cache."""
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""(directions (D, d), probes (2 n, D)) -> losses (2 n,): row k is one example's loss at theta + probes[k] @
+directions."""
+
+
+class Key(NamedTuple):
+    """The place of a batch in a run: what its random numbers depend on."""
+
+    seed: int
+    step: int
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator says of one batch."""
+
+    loss: float
+    """Mean over the examples (and over both probes)."""
+    gradient: Tensor
+    """(d,) float32, laid out like a direction."""
+    cost: Cost
+    projected: Tensor | None = None
+    """Every projected gradient g, in order; None for backpropagation."""
+
+
+Estimator = Callable[[Adapters, Loss, Batch, Key, float], Estimate]
+"""(adapters, loss, batch, key, share) -> estimate. ``share``, in (0, 1], of its step multiplies the gradient."""
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """Two-sided SPSA with Gaussian directions: both signs of all examples in one forward.
+
+    On a CPU a large batch takes several forwards, each with both signs of some examples.
+
+    Example::
+
+        estimate = TwoSided(eps=1e-2)(adapters, OptionLoss(), batch, Key(seed=0, step=0))
+        adapters.accumulate_gradient(estimate.gradient)
+    """
+
+    eps: float
+    perturbations: int = 1
+    """Two-sided evaluations that are averaged, as the mean of g z."""
+    directions: Literal["per_example", "shared"] = "per_example"
+    prefix: Prefix | None = None
+    """Computes what lies below the lowest layer that trains."""
+
+    @torch.inference_mode()
+    def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
+        """Estimate the gradient of the mean loss of ``batch``, without a backward pass."""
+        parts = [(examples, part.repeat(2).filled()) for examples, part in split_batch(batch)]
+        before = loss.tokens
+
+        def losses(z: Tensor, probes: Tensor) -> Tensor:
+            both_signs = torch.empty(2, batch.segments, device=z.device)
+            for examples, both in parts:
+                rows = probes.view(2, batch.segments, -1)[:, examples].flatten(0, 1)
+                probe = Probe(z, rows if loss.writes else rows[both.token_segment])
+                with adapters.base.skipping(self.prefix, adapters.lowest_layer), adapters.probing(probe):
+                    both_signs[:, examples] = loss(adapters.base, both).float().view(2, -1)
+            return both_signs.flatten()
+
+        device = batch.input_ids.device
+        draws = [
+            generator(key.seed, Stream.DIRECTION, key.step, key.micro_batch, number)
+            for number in range(self.perturbations)
+        ]
+        mean, gradient, projected = self.estimate(losses, adapters.size, batch.segments, draws, device)
+        passes = 2 * self.perturbations
+        tokens = loss.tokens - before if loss.writes else passes * batch.tokens
+        if device.type == "cpu":
+            return_freed_memory()  # every batch leaves holes of other sizes, in all a tenth of the memory
+        return Estimate(mean.item(), gradient * share, Cost(passes, passes * batch.segments, tokens), projected)
+
+    def estimate(
+        self,
+        losses: Losses,
+        size: int,
+        examples: int,
+        draws: list[torch.Generator],
+        device: torch.device | str = "cpu",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for any function.
+
+        Args:
+            losses: Asked for the first ``examples`` rows at + eps, the others at - eps.
+            size: Number of parameters d.
+            examples: Whose mean loss it is.
+            draws: One two-sided evaluation for each generator.
+            device: Where to compute.
+
+        Returns:
+            Mean loss (), its gradient (d,), every projected gradient in order.
+        """
+        count = examples if self.directions == "per_example" else 1
+        column = torch.arange(examples) if count > 1 else torch.zeros(examples, dtype=torch.long)
+        probes = torch.zeros(2 * examples, count)
+        signs = torch.tensor([1.0, -1.0]).repeat_interleave(examples)
+        probes[torch.arange(2 * examples), column.repeat(2)] = self.eps * signs
+        probes = probes.to(device)
+        gradient, loss = torch.zeros(size, device=device), torch.zeros((), device=device)
+        projected = []
+        for draw in draws:
+            z = torch.randn(count, size, generator=draw).to(device)  # on the CPU: equal numbers on every device
+            plus, minus = losses(z, probes).float().view(2, examples)
+            g = (plus - minus) / (2 * self.eps)
+            if self.directions == "shared":
+                g = g.mean(0, keepdim=True)
+            gradient += (g / count) @ z
+            loss += (plus.mean() + minus.mean()) / 2
+            projected.append(g)
+        return loss / len(draws), gradient / len(draws), torch.cat(projected)
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """The exact gradient, by backpropagation through the base."""
+
+    def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
+        """Compute the gradient of the mean loss of ``batch``."""
+        before = loss.tokens
+        parameters = [matrix for layer, _, _ in adapters.slices for matrix in (layer.lora_A, layer.lora_B)]
+        with torch.enable_grad():
+            weighted = loss(adapters.base, batch).mean() * share
+        gradients = torch.autograd.grad(weighted, parameters, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        tokens = loss.tokens - before if loss.writes else batch.tokens
+        mean = (weighted.detach() / share).item()
+        return Estimate(mean, adapters.flatten(parts), Cost(1, batch.segments, tokens))
+
+
+def split_batch(batch: Batch) -> list[tuple[slice, Batch]]:
+    """A batch in parts of consecutive examples, so that both signs of a part take about FORWARD_TOKENS tokens.
+
+    Returns:
+        The place of each part's examples in the batch, and the part. Parts have equally many examples but for the last.
+    """
+    count = -(-2 * batch.input_ids.numel() // FORWARD_TOKENS) if batch.input_ids.device.type == "cpu" else 1
+    size = -(-batch.segments // count)
+    if size == batch.segments:
+        return [(slice(0, batch.segments), batch)]
+    starts = range(0, batch.segments, size)
+    return [(slice(i, i + size), build_batch(batch.examples[i : i + size], batch.packed)) for i in starts]
+
+
+def estimator(config: RunConfig, prefix: Prefix | None) -> Estimator:
+    """The estimator that a configuration asks for."""
+    if config.trainer == "regular":
+        return Backprop()
+    return TwoSided(config.zo_eps, config.zo_num_perturbations, config.zo_directions, prefix)

@@ -1,0 +1,212 @@
+"""Scoring rows: loss, and accuracy of options or of written answers, in batches of equally many tokens."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.base import Base
+from xgblora.base.prefix import Prefix
+from xgblora.data.batch import Example, build_batch, shared_beginning, split_by_tokens
+from xgblora.errors import XgbloraError, within_memory
+from xgblora.learn.generation import exact_match_and_f1
+from xgblora.learn.losses import AnswerLoss, OptionLoss
+from xgblora.tasks import Metric
+
+STAGE_CACHE_BYTES = 10**9
+"""For what lies below the layers that train, while one batch passes through all stages."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation says, with the predictions in the order of the rows."""
+
+    accuracy: float
+    """In [0, 1]; where answers are written, the share of exact matches."""
+    loss: float
+    """Mean over the rows, in nats."""
+    predictions: list[int]
+    """The option chosen for each row."""
+    texts: list[str] | None = None
+    """The answers, where the model writes them."""
+
+
+def evaluate(
+    model: PreTrainedModel | Base,
+    examples: Sequence[Example],
+    loss: AnswerLoss | None = None,
+    batch_size: int = 8,
+    progress: str | None = None,
+    calibrated: bool = False,
+) -> Evaluation:
+    """Choose the best option of every example, or write its answer.
+
+    Args:
+        model: With its adapters. A :class:`Base` need not measure again whether it runs packed batches.
+        examples: At least one.
+        loss: Cross-entropy over the options (the default), or a :class:`TextLoss`, whose writer writes the answers.
+            Tokens of the prompt never count.
+        batch_size: A batch holds as many tokens as so many examples of average length.
+        progress: Name of a progress bar.
+        calibrated: Score an option by what the prompt adds to it, log p(option | prompt) - log p(option | null prompt)
+            per token (Holtzman et al. 2021, arXiv 2104.08315): none is chosen for being a likely text by itself.
+
+    Raises:
+        XgbloraError: There are no examples, memory runs out, or calibrated scores lack a null prompt.
+
+    Example:
+        >>> from xgblora.base.load import tiny_model
+        >>> evaluate(tiny_model(), [Example([1, 2, 3], [[4], [5]], label=0)]).predictions
+        [1]
+    """
+    base = Base.of(model)
+    scoring = _Scoring(base, loss or OptionLoss(), batch_size, progress)
+    _require_rows(examples)
+    nulls = null_scores(base, examples, batch_size) if calibrated else None
+    return scoring.run(examples, [nullcontext], nulls=nulls)[0]
+
+
+def evaluate_stages(
+    adapters: Adapters,
+    examples: Sequence[Example],
+    loss: AnswerLoss | None = None,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> list[Evaluation]:
+    """The same with the first 0, 1, ... boosters and with all (the last is the pair in training), in one pass.
+
+    What lies below the lowest layer that trains is computed once for all stages, where no booster adds to it.
+    """
+    _require_rows(examples)
+    stages = [partial(adapters.first, count) for count in range(adapters.boosters + 2)]
+    scoring = _Scoring(adapters.base, loss or OptionLoss(), batch_size, progress)
+    layer = adapters.lowest_layer if adapters.bare_below else None
+    return scoring.run(examples, stages, layer)
+
+
+def _require_rows(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise XgbloraError("there are no rows to evaluate")
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How examples are scored."""
+
+    base: Base
+    loss: AnswerLoss
+    batch_size: int
+    progress: str | None
+
+    @torch.inference_mode()
+    def run(
+        self,
+        examples: Sequence[Example],
+        stages: Sequence[Callable[[], AbstractContextManager[None]]],
+        layer: str | None = None,
+        nulls: Mapping[Hashable, Tensor] | None = None,
+    ) -> list[Evaluation]:
+        """One evaluation for every stage, which is a context for forwards.
+
+        All stages compute the same below ``layer``. ``nulls``: to subtract from scores, by :func:`_null`.
+        """
+        base, several = self.base, len(stages) > 1
+        predictions = [[0] * len(examples) for _ in stages]
+        losses: list[list[Tensor]] = [[] for _ in stages]
+        prefix = Prefix(base.model, STAGE_CACHE_BYTES) if several else None
+        with base.without_gradients(), self._bar(len(examples)) as bar:
+            for chosen in by_tokens(examples, self.batch_size):
+                rows = [replace(examples[i], score_prompt=False) for i in chosen]
+                with within_memory(
+                    f"evaluating {len(rows)} examples of {sum(row.tokens for row in rows):,} tokens",
+                    "lower --per_device_eval_batch_size or --max_length, or load the base in bfloat16",
+                ):
+                    batch = base.batch(rows, share=not several).filled()
+                    for number, stage in enumerate(stages):
+                        with stage(), base.skipping(prefix, layer):
+                            scores = self.loss.scores(base, batch, True if nulls is not None else None)
+                        if nulls is not None:
+                            of_rows = [nulls[_null(row)] for row in rows]
+                            scores = scores - nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
+                        losses[number].append(self.loss.of_scores(scores, batch.label))
+                        for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
+                            predictions[number][i] = prediction
+                if prefix is not None:
+                    prefix.clear()
+                bar.update(len(chosen))
+        means = [torch.cat(loss).double().mean().item() for loss in losses]
+        writer = self.loss.writer
+        if writer is None:
+            return [Evaluation(accuracy(examples, p), loss, p) for p, loss in zip(predictions, means, strict=True)]
+        evaluations = []
+        for stage, loss, prediction in zip(stages, means, predictions, strict=True):
+            with stage():
+                texts = writer.write(base, examples, self.progress and f"{self.progress}, writing")
+            evaluations.append(Evaluation(exact_match_and_f1(examples, texts)[0], loss, prediction, texts))
+        return evaluations
+
+    def _bar(self, total: int) -> tqdm:  # type: ignore[type-arg]
+        return tqdm(total=total, desc=self.progress, unit="ex", leave=False, disable=self.progress is None)
+
+
+@torch.inference_mode()
+def null_scores(base: Base, examples: Sequence[Example], batch_size: int) -> dict[Hashable, Tensor]:
+    """Mean token log-probabilities (options,) of every example's options after its null prompt, by :func:`_null`.
+
+    Raises :class:`XgbloraError` where an example has no null prompt.
+    """
+    if not all(example.null_prompt for example in examples):
+        raise XgbloraError("calibrated scores need a prompt that asks nothing: give the task a null_prompt")
+    bare = {_null(e): Example(e.null_prompt, e.options, 0) for e in examples}
+    keys, rows = list(bare), list(bare.values())
+    scores_of: dict[Hashable, Tensor] = {}
+    for chosen in by_tokens(rows, batch_size):
+        batch = build_batch([rows[i] for i in chosen], base.packed).to(base.device)
+        for i, scores in zip(chosen, OptionLoss().scores(base, batch.filled(), normalised=True), strict=True):
+            scores_of[keys[i]] = scores[: len(rows[i].options)]
+    return scores_of
+
+
+def _null(example: Example) -> Hashable:
+    """What an example's scores without its prompt depend on."""
+    return example.null_prompt, tuple(map(tuple, example.options))
+
+
+def by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of examples, shortest first, in batches of at most ``batch_size`` times the mean token count.
+
+    What all prompts begin with is not counted.
+    """
+    shared = shared_beginning(examples)
+    room = batch_size * (sum(e.tokens for e in examples) / len(examples) - shared)
+    order = iter(sorted(range(len(examples)), key=lambda number: examples[number].tokens))
+    for group in split_by_tokens(sorted(examples, key=lambda e: e.tokens), room, shared):
+        yield list(islice(order, len(group)))
+
+
+def score(metric: Metric, examples: Sequence[Example], evaluation: Evaluation) -> float:
+    """A task's metric of what a model chose or wrote, in [0, 1]."""
+    from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score  # slow to import
+
+    if metric == "accuracy":
+        return evaluation.accuracy
+    if evaluation.texts is not None:
+        return exact_match_and_f1(examples, evaluation.texts)[1]
+    chosen, labels = torch.tensor(evaluation.predictions), torch.tensor([example.label for example in examples])
+    if metric == "macro_f1":
+        options = max(len(example.options) for example in examples)
+        return float(multiclass_f1_score(chosen, labels, num_classes=options, average="macro"))
+    return float(binary_f1_score(chosen, labels))
+
+
+def accuracy(examples: Sequence[Example], predictions: Sequence[int]) -> float:
+    """Share of examples whose chosen option is a correct one."""
+    right = sum(p == e.label or p in e.also_correct for p, e in zip(predictions, examples, strict=True))
+    return right / len(examples)

@@ -1,0 +1,165 @@
+"""Forward passes that keep what a fit needs: what layers see, and the loss as a function of what leaves the last."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.base.prefix import Prefix
+from xgblora.data.batch import Batch, Example, build_batch, split_by_tokens
+from xgblora.learn.fitted.tail import Tail
+from xgblora.learn.fitted.writers import turned_down, writes
+from xgblora.learn.losses import AnswerLoss, divergences
+
+PART_TOKENS = 1024
+"""Tokens of one forward."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Activations where something is predicted: T of them, in the order of the batches' ``read``."""
+
+    batches: list[Batch]
+    """What was forwarded."""
+    inputs: list[Tensor]
+    """(T, in) for each layer that is fitted, in the model's dtype."""
+    written: Tensor | None
+    """(T, hidden) float32, what the layers that are only turned down write together, without their biases."""
+    hidden: Tensor
+    """(T, hidden) float32, as the last decoder layer leaves it."""
+
+    @property
+    def examples(self) -> list[Example]:
+        """What was forwarded, in the order of the batches."""
+        return [example for batch in self.batches for example in batch.examples]
+
+
+class Forwards:
+    """Forwards of the base with its boosters and the pair as they are, counted.
+
+    Args:
+        adapters: Whose base it is.
+        loss: Says how options are scored.
+        prefix: Computes what lies below the lowest layer that trains.
+    """
+
+    def __init__(self, adapters: Adapters, loss: AnswerLoss, prefix: Prefix | None = None) -> None:
+        self.adapters = adapters
+        self.base = adapters.base
+        self.loss = loss
+        self.prefix = prefix
+        self.tail = Tail(adapters.base)
+        self.tokens = 0
+
+    def observe(self, examples: Sequence[Example], most: int) -> Observed:
+        """One forward over as many of the examples as predict no more than ``most`` tokens."""
+        layers = [layer for layer, _, _ in self.adapters.slices]
+        down = turned_down(self.adapters)
+        inputs: list[list[Tensor]] = [[] for _ in range(down.count(False))]
+        written: list[Tensor] = []
+        hidden: list[Tensor] = []
+        batches = [batch.to(self.base.device) for batch in parts(_within(examples, most), self.base.packed)]
+        with self.base.skipping(self.prefix, self.adapters.lowest_layer):
+            for observation in self.base.observe((batch.filled() for batch in batches), layers):
+                for rows, x in zip(inputs, compress(observation.inputs, (not only for only in down)), strict=True):
+                    rows.append(x)
+                if any(down):
+                    observed = compress(zip(layers, observation.inputs, strict=True), down)
+                    written.append(torch.stack([writes(layer, x) for layer, x in observed]).sum(0))
+                hidden.append(observation.last.float())
+        self.tokens += sum(batch.tokens for batch in batches)
+        together = torch.cat(written) if written else None
+        return Observed(batches, [torch.cat(rows) for rows in inputs], together, torch.cat(hidden))
+
+    def scores(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Each of ``batches`` with its option scores (examples, options)."""
+        for batch in batches:
+            self.tokens += batch.tokens
+            filled = batch.to(self.base.device).filled()
+            with self.base.skipping(self.prefix, self.adapters.lowest_layer):
+                scores = self.loss.scores(self.base, filled)
+            yield filled, scores
+
+
+class TailLoss:
+    """The loss as a function of the hidden states behind the last decoder layer, all else as it was observed.
+
+    Args:
+        forwards: Whose tail and loss are taken.
+        seen: What was observed.
+        targets: Probabilities (examples, options) to come close to, in place of the examples' labels.
+    """
+
+    def __init__(self, forwards: Forwards, seen: Observed, targets: Tensor | None = None) -> None:
+        self.tail = forwards.tail
+        self.loss = forwards.loss
+        batches = seen.batches
+        if all(batch.single_token for batch in batches):  # few rows of the head: one call for all
+            batches = [build_batch(seen.examples, batches[0].packed).to(seen.hidden.device)]
+        self.parts: list[tuple[Batch, slice]] = []
+        start = 0
+        for batch in batches:
+            stop = start + batch.read.numel()
+            self.parts.append((batch, slice(start, stop)))
+            start = stop
+        self.targets: list[Tensor | None] = [None] * len(batches)
+        if targets is not None:
+            split = targets.split([batch.segments for batch in batches])
+            self.targets = [rows[:, : batch.max_options] for rows, batch in zip(split, batches, strict=True)]
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (examples,) of ``hidden`` (T, hidden), and the gradient of their sum, (T, hidden)."""
+        gradient = torch.empty_like(hidden)
+        losses = []
+        for (batch, reads), targets in zip(self.parts, self.targets, strict=True):
+            part = hidden[reads].detach().requires_grad_()
+            with torch.enable_grad():
+                scores = self.tail.scores(part, batch, self.loss.normalised)
+                of_part = scored(self.loss, scores, batch, targets)
+                (gradient[reads],) = torch.autograd.grad(of_part.sum(), part)
+            losses.append(of_part.detach())
+        return torch.cat(losses), gradient
+
+    def probabilities(self, hidden: Tensor) -> Tensor:
+        """What the options' probabilities (examples, options) are with ``hidden`` (T, hidden)."""
+        rows = [self.tail.scores(hidden[reads], batch, False).softmax(1) for batch, reads in self.parts]
+        most = max(row.shape[1] for row in rows)
+        return torch.cat([F.pad(row, (0, most - row.shape[1])) for row in rows])
+
+    def curvature(self, hidden: Tensor, direction: Tensor) -> float:
+        """Mean second derivative of an example's loss along ``direction`` (hidden,), as the loss takes it."""
+        step = 0.01 * hidden.square().mean().sqrt() * hidden.shape[1] ** 0.5
+        bends = []
+        for batch, reads in self.parts:
+            ahead, here, behind = (
+                self.tail.scores(hidden[reads] + sign * step * direction, batch, self.loss.normalised)
+                for sign in (1, 0, -1)
+            )
+            bends.append(self.loss.curvature((ahead, here, behind), step, batch.label))
+        return max(torch.cat(bends).mean().item(), torch.finfo(torch.float32).tiny)
+
+
+def scored(loss: AnswerLoss, scores: Tensor, batch: Batch, targets: Tensor | None) -> Tensor:
+    """Losses (examples,) of scores (examples, options): the divergence from ``targets``, else that of the labels."""
+    return loss.of_scores(scores, batch.label) if targets is None else divergences(scores, targets)
+
+
+def _within(examples: Sequence[Example], reads: int) -> list[Example]:
+    """The first examples that predict at most ``reads`` tokens together, shortest first."""
+    chosen: list[Example] = []
+    for example in examples:
+        reads -= 1 + sum(len(option) - 1 for option in example.options)
+        reads -= len(example.prompt) - 1 if example.score_prompt else 0
+        if reads < 0 and chosen:
+            break
+        chosen.append(example)
+    return sorted(chosen, key=lambda e: len(e.prompt))
+
+
+def parts(examples: Sequence[Example], packed: bool) -> Iterator[Batch]:
+    """Batches of consecutive examples of about PART_TOKENS tokens."""
+    return (build_batch(group, packed) for group in split_by_tokens(examples, PART_TOKENS))

@@ -1,0 +1,243 @@
+"""Recipe boost: each booster is fitted to what the model still gets wrong, its step length found by forward passes."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.base.prefix import Prefix
+from xgblora.config import RunConfig
+from xgblora.data.batch import Example
+from xgblora.errors import XgbloraError
+from xgblora.learn.cost import Cost
+from xgblora.learn.fitted.activations import Forwards, TailLoss, parts, scored
+from xgblora.learn.fitted.fit import Learner, fit
+from xgblora.learn.fitted.recipe import Fit, Recipe
+from xgblora.learn.fitted.teacher import Teacher, teach
+from xgblora.learn.fitted.writers import require_writers, turned_down, written_along
+from xgblora.learn.losses import AnswerLoss, OptionLoss
+from xgblora.randomness import Stream, generator
+
+logger = logging.getLogger(__name__)
+
+MOST_READS = 2048
+"""Predicting positions that one booster is fitted on at most: the fit takes time with the third power of them."""
+
+
+class BoostRecipe(Recipe):
+    """Boosters fitted to pseudo-residuals; where there are options to choose from, they follow one teacher."""
+
+    def __init__(self, adapters: Adapters, loss: AnswerLoss, config: RunConfig, prefix: Prefix) -> None:
+        self.adapters = adapters
+        self.config = config
+        self.forwards = Forwards(adapters, loss, prefix)
+        self.teacher: Teacher | None = None
+        """What every booster follows; fitted in the first step."""
+        self.searched: list[Example] = []
+        """Rows that find every booster's step length."""
+        self.fitted: list[Example] = []
+        self.first = adapters.boosters
+        """Boosters that were there before training began."""
+
+    def split(self, rows: Sequence[Example]) -> list[Example]:
+        """Set aside the rows that find step lengths, once for the run.
+
+        Drawn anew for each booster, they would be rows that earlier boosters were fitted on, and the search would take
+        learning by heart for progress (docs/experiments.md).
+        """
+        count = self.config.boost_searched(len(rows))
+        order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.SEARCH)).tolist()
+        fitted = order[count : count + self.config.boost_teacher_examples]
+        self.searched = [rows[i] for i in order[:count]]
+        self.fitted = [rows[i] for i in sorted(fitted)]
+        return self.fitted
+
+    def fit(self, examples: Sequence[Example], start: float) -> Fit:
+        cost = Cost()
+        if isinstance(self.forwards.loss, OptionLoss) and self.teacher is None:
+            self.teacher, cost = self._teach()
+        booster = boost(
+            self.forwards,
+            examples,
+            self.searched,
+            ridge=self.config.boost_ridge if self.teacher is None else self.config.boost_follow_ridge,
+            teacher=self.teacher,
+            start=start,
+            shrinkage=self.config.xgblora_shrinkage,
+        )
+        return replace(booster, cost=cost + booster.cost)
+
+    def _teach(self) -> tuple[Teacher, Cost]:
+        """Fit the teacher to the model as it was before the first booster; a resumed run has some already."""
+        config, resumed = self.config, self.adapters.boosters > self.first
+        with self.adapters.first(self.first):
+            self.adapters.choose_layers(self.first)
+            teacher = teach(
+                self.forwards,
+                self.fitted,
+                self.searched,
+                ridge=config.boost_ridge,
+                directions=config.boost_boosters,
+                opinion=config.boost_opinion,
+            )
+        self.adapters.choose_layers(self.adapters.boosters)
+        if resumed:
+            if self.forwards.prefix is not None and not self.adapters.same_layers_next:
+                self.forwards.prefix.clear()
+            return teacher, Cost()  # it was counted when it was fitted first
+        losses = ", ".join(
+            f"{loss:.4f} {'added to' if kept else 'in place of'} the base's opinion"
+            for kept, loss in teacher.losses.items()
+        )
+        logger.info(
+            "Teacher of %d examples, along %d direction(s); held-out loss %s",
+            teacher.cost.sequences,
+            teacher.directions,
+            losses,
+        )
+        return teacher, teacher.cost
+
+
+@torch.no_grad()
+def boost(
+    forwards: Forwards,
+    examples: Sequence[Example],
+    searched: Sequence[Example],
+    ridge: float = 1.0,
+    teacher: Teacher | None = None,
+    start: float = 1.0,
+    shrinkage: float = 1.0,
+) -> Fit:
+    """Fit the pair in training (rank 1) to the pseudo-residuals of some examples, in place.
+
+    Where no step lowers the loss, the pair stays zero.
+
+    Args:
+        forwards: Of the adapters whose pair it is.
+        examples: What the pair is fitted to.
+        searched: Examples that no booster was fitted on; they decide the step length.
+        ridge: Penalty, as in :func:`fit`.
+        teacher: The loss is the divergence from what it says; without one it is that of the labels.
+        start: Step length that is tried first.
+        shrinkage: Multiplies the step at its end.
+
+    Raises:
+        XgbloraError: There are too few examples, or an adapted layer does not write to the residual stream.
+    """
+    if teacher is not None:
+        examples, searched = ([row for row in rows if teacher.knows(row)] for rows in (examples, searched))
+    if len(examples) < 2 or not searched:
+        raise XgbloraError(
+            f"a booster is fitted on at least 2 examples and 1 finds its step length, got {len(examples)} and "
+            f"{len(searched)}"
+        )
+    adapters, tokens = forwards.adapters, forwards.tokens
+    require_writers(adapters)
+    seen = forwards.observe(examples, MOST_READS)
+    labelled = TailLoss(forwards, seen)
+    loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
+    learner = fit(seen, loss, ridge)
+    put(adapters, learner, 0.0)
+    batches = list(parts(searched, forwards.base.packed))
+    losses: dict[float, Tensor] = {}
+
+    def loss_at(step: float) -> float:
+        if step not in losses:
+            step_by(adapters, learner, step)
+            of_batches = [
+                scored(forwards.loss, scores, batch, None if teacher is None else teacher.targets(batch.examples))
+                for batch, scores in forwards.scores(batches)
+            ]
+            losses[step] = torch.cat(of_batches).double()
+        return losses[step].mean().item()
+
+    best = line_search(loss_at, start)
+    chosen = shortest_as_good(losses, best) if teacher is None else best  # a teacher's words carry no chance
+    step_by(adapters, learner, chosen * shrinkage)
+    return Fit(
+        loss=labelled(seen.hidden)[0].double().mean().item(),
+        before=losses[0.0].mean().item(),
+        after=losses[chosen].mean().item(),
+        step_length=chosen,
+        cost=Cost(
+            1 + len(losses),
+            sum(batch.segments for batch in seen.batches) + len(searched) * len(losses),
+            forwards.tokens - tokens,
+        ),
+    )
+
+
+def line_search(loss_at: Callable[[float], float], start: float, most: int = 8) -> float:
+    """Search for the step with the lowest loss: from ``start`` by doubling or halving, then by a parabola.
+
+    Args:
+        loss_at: Called for 0 and at most ``most`` other steps.
+        start: Tried first.
+        most: Steps that are tried.
+
+    Returns:
+        The best of the steps tried; 0 where none is better than no step.
+
+    Example:
+        >>> line_search(lambda step: (step - 4) ** 2, start=1.0)
+        4.0
+    """
+    tried = {0.0: loss_at(0.0), start: loss_at(start)}
+    best = start
+    if tried[start] < tried[0.0]:
+        while len(tried) < most and best == max(tried):
+            tried[2 * best] = loss_at(2 * best)
+            best = min(tried, key=tried.__getitem__)
+    while len(tried) < most and (best == 0.0 or best == sorted(tried)[1]):
+        smaller = sorted(tried)[1] / 2
+        tried[smaller] = loss_at(smaller)
+        best = min(tried, key=tried.__getitem__)
+    if best > 0 and 2 * best in tried and best / 2 in tried:
+        left, middle, right = (tried[step] for step in (best / 2, best, 2 * best))
+        bend = left - 2 * middle + right
+        if bend > 0:
+            vertex = best * 2 ** ((left - right) / (2 * bend))
+            tried[vertex] = loss_at(vertex)
+    return min(tried, key=tried.__getitem__)
+
+
+def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:
+    """The shortest step above 0 whose loss is within a standard error of the best step's, paired by example.
+
+    The one-standard-error rule (Breiman et al. 1984, "Classification and regression trees"): with few examples the
+    lowest mean is mostly a lucky one, and what a step leaves undone is the next booster's. 0 stays 0.
+
+    Args:
+        losses: (examples,) for each step tried.
+        best: The step with the lowest mean.
+    """
+    for step in sorted(losses):
+        more = losses[step] - losses[best]
+        if 0 < step <= best and more.mean() <= more.std(correction=0) / len(more) ** 0.5:
+            return step
+    return best
+
+
+def put(adapters: Adapters, learner: Learner, step: float) -> None:
+    """The learner as the pair in training: A = a_m, B = step * u / scaling; zero in layers that do not train.
+
+    In layers that are turned down, a_m = -gamma W_m^T u.
+    """
+    inputs = iter(learner.inputs)
+    for (layer, _, _), down in zip(adapters.slices, turned_down(adapters), strict=True):
+        if down:
+            layer.lora_A.copy_(-learner.share * written_along(layer, learner.outputs[0], adapters.model.dtype))
+        else:
+            layer.lora_A.copy_(next(inputs))
+    step_by(adapters, learner, step)
+
+
+def step_by(adapters: Adapters, learner: Learner, step: float) -> None:
+    """The learner that was put there, with another step."""
+    for layer in adapters.layers.values():
+        layer.lora_B.zero_()
+    for layer, _, _ in adapters.slices:
+        layer.lora_B.copy_(step / layer.scaling * learner.outputs.T)

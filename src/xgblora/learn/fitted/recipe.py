@@ -1,0 +1,35 @@
+"""What a recipe is: a way to fit the pair in training to some examples."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xgblora.data.batch import Example
+from xgblora.learn.cost import Cost
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of one booster."""
+
+    loss: float
+    """Mean loss of the fitted examples before it."""
+    before: float
+    """Mean loss of the examples that the fit did not see."""
+    after: float
+    """The same with the booster."""
+    step_length: float
+    """0 where no step lowered it."""
+    cost: Cost
+
+
+class Recipe(ABC):
+    """Fits one booster after the other."""
+
+    @abstractmethod
+    def split(self, rows: Sequence[Example]) -> Sequence[Example]:
+        """Set rows aside that no booster is fitted on; returns the others."""
+
+    @abstractmethod
+    def fit(self, examples: Sequence[Example], start: float) -> Fit:
+        """Fit the pair in training to the examples, in place; ``start`` is the step length that is tried first."""

@@ -1,0 +1,84 @@
+"""The layers that write to the residual stream, and what they write along a direction of it."""
+
+import torch
+from torch import Tensor
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.adapters.linear import AdaptedLinear
+from xgblora.base import Base
+from xgblora.errors import XgbloraError
+
+ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
+"""How architectures call the layer that writes a block's attention to the residual stream."""
+
+MLP_WRITERS = ("down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h")
+"""How they call the layer that writes a block's MLP."""
+
+PART_UNITS = 1024
+"""Units of a layer's inputs that are asked about at once."""
+
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn", "c_fc", "query_key_value")
+"""Layers inside a block, which may be as wide as the residual stream and yet do not write to it."""
+
+
+def residual_writers(base: Base) -> list[str]:
+    """Names of the layers that write attention and, where they are known, MLPs to the residual stream, as targets.
+
+    Raises :class:`XgbloraError` for an architecture that calls those of the attention otherwise.
+    """
+    names = [name for block in base.layers.values() for name, _ in block.named_modules()]
+    attention, mlp = (
+        [writer for writer in writers if any(_is_called(name, writer) for name in names)]
+        for writers in (ATTENTION_WRITERS, MLP_WRITERS)
+    )
+    if not attention:
+        raise XgbloraError(
+            f"--recipe boost does not know which layers of {type(base.model).__name__} write to the residual stream: "
+            "name them with --lora_target_modules"
+        )
+    return attention + mlp
+
+
+def _is_called(name: str, writer: str) -> bool:
+    return name == writer or name.endswith("." + writer)
+
+
+def require_writers(adapters: Adapters) -> None:
+    """Raise :class:`XgbloraError` where ``adapters`` cannot hold fitted boosters."""
+    if adapters.rank != 1:
+        raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
+    for name, layer in adapters.layers.items():
+        if layer.out_features != adapters.base.width or name.rpartition(".")[2] in READERS:
+            raise XgbloraError(
+                f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
+                "--lora_target_modules"
+            )
+
+
+def turned_down(adapters: Adapters) -> list[bool]:
+    """For each layer that trains, in the order of ``slices``: whether it is only turned down, not fitted.
+
+    MLP layers are, beside attention layers that are fitted; alone they are fitted themselves.
+    """
+    names = {layer: name for name, layer in adapters.layers.items()}
+    down = [any(_is_called(names[layer], writer) for writer in MLP_WRITERS) for layer, _, _ in adapters.slices]
+    return [False] * len(down) if all(down) else down
+
+
+def writes(layer: AdaptedLinear, x: Tensor) -> Tensor:
+    """W x, (T, out) float32, of the base layer and inputs (T, in) in the model's dtype.
+
+    The layer is asked, not its weight, so that a quantised one answers, too.
+    """
+    bias = layer.base_layer(torch.zeros_like(x[:1]))
+    return layer.base_layer(x).float() - bias.float()
+
+
+def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs."""
+    width = layer.in_features
+    units = torch.zeros(min(width, PART_UNITS), width, dtype=dtype, device=output.device)
+    along = []
+    for part in torch.arange(width, device=output.device).split(len(units)):
+        along.append(writes(layer, units[: len(part)].zero_().scatter_(1, part[:, None], 1)) @ output)
+    return torch.cat(along)

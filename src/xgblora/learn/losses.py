@@ -1,0 +1,149 @@
+"""Losses of a batch, one number an example: what estimators, backpropagation and fits minimise."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xgblora.base import Base
+from xgblora.data.batch import Batch
+from xgblora.learn.generation import Writer
+
+Objective = Callable[[PreTrainedModel, Batch], Tensor]
+"""(model, batch) -> losses (segments,) float32. Write your own to train on anything a forward pass can score."""
+
+
+class Loss(ABC):
+    """A loss that this package knows how to make ready: an :data:`Objective` with properties."""
+
+    writes: bool = False
+    """Its forwards are its own, of padded rows: one or more for every example of a batch in turn."""
+    tokens: int = 0
+    """With ``writes``: tokens fed to the model so far. Other losses' forwards are as long as their batches."""
+
+    def __call__(self, model: PreTrainedModel | Base, batch: Batch) -> Tensor:
+        """Losses (segments,) float32 of a batch."""
+        return self.losses(Base.of(model), batch)
+
+    @abstractmethod
+    def losses(self, base: Base, batch: Batch) -> Tensor:
+        """Losses (segments,) float32 of a batch."""
+
+
+class FunctionLoss(Loss):
+    """A function of the user's as a loss."""
+
+    def __init__(self, function: Objective) -> None:
+        self.function = function
+
+    def losses(self, base: Base, batch: Batch) -> Tensor:
+        with base.ready(batch):
+            return self.function(base.model, batch)
+
+
+class AnswerLoss(Loss):
+    """A loss of options' scores, their mean token log-probabilities. Recipe boost needs one of these."""
+
+    normalised: bool
+    """Scores are log-probabilities; else what is equal for all options of an example may be left out of them."""
+    writer: Writer | None = None
+    """What writes the answers of a task where they are written; else the best option is the answer."""
+
+    def losses(self, base: Base, batch: Batch) -> Tensor:
+        return self.of_scores(self.scores(base, batch), batch.label)
+
+    def scores(self, base: Base, batch: Batch, normalised: bool | None = None) -> Tensor:
+        """Scores (segments, max_options) float32 of a batch's options, -inf where there is none."""
+        (hidden,) = base.hidden([batch])
+        return option_scores(base, hidden, batch, self.normalised if normalised is None else normalised)
+
+    @abstractmethod
+    def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:
+        """Losses (segments,) from scores (segments, options) and the correct options (segments,)."""
+
+    @abstractmethod
+    def curvature(self, scores: tuple[Tensor, Tensor, Tensor], step: float, label: Tensor) -> Tensor:
+        """Second derivative (segments,) of the loss along a direction.
+
+        ``scores`` (segments, options) are those a ``step`` ahead, here, and a step behind.
+        """
+
+
+class OptionLoss(AnswerLoss):
+    """Cross-entropy of the correct option among all options (MeZO, arXiv 2305.17333, appendix B.2).
+
+    Example:
+        >>> from xgblora.base.load import tiny_model
+        >>> from xgblora.data.batch import Example
+        >>> base = Base(tiny_model())
+        >>> OptionLoss()(base, base.batch([Example([1, 2, 3], [[4], [5]], label=0)])).shape
+        torch.Size([1])
+    """
+
+    normalised = False
+
+    def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(scores, label, reduction="none")
+
+    def curvature(self, scores: tuple[Tensor, Tensor, Tensor], step: float, label: Tensor) -> Tensor:
+        """Taken where all options are equally likely, so that it does not shrink as the model grows sure.
+
+        That is the variance of the scores' slopes over an example's options.
+        """
+        ahead, here, behind = scores
+        slopes = ((ahead - behind) / (2 * step)).masked_fill(~here.isfinite(), torch.nan)
+        return (slopes - slopes.nanmean(1, keepdim=True)).square().nanmean(1)
+
+
+class TextLoss(AnswerLoss):
+    """Mean negative log-probability of the correct option's tokens (and the prompt's, where the examples say so)."""
+
+    normalised = True
+
+    def __init__(self, writer: Writer | None = None) -> None:
+        self.writer = writer
+
+    def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:
+        return -scores.gather(1, label[:, None])[:, 0]
+
+    def curvature(self, scores: tuple[Tensor, Tensor, Tensor], step: float, label: Tensor) -> Tensor:
+        """Taken where the model is."""
+        ahead, here, behind = scores
+        bent = -(ahead - 2 * here + behind) / step**2
+        return bent.gather(1, label[:, None])[:, 0]
+
+
+def option_scores(base: Base, hidden: Tensor, batch: Batch, normalised: bool = False) -> Tensor:
+    """Mean token log-probability of each option.
+
+    When every option is a single token and ``normalised`` is False, the logits of these tokens alone are taken: the
+    log-softmax over the vocabulary would subtract the same number from all options of an example.
+
+    Args:
+        base: The model whose head is asked.
+        hidden: Final hidden states (reads, hidden) of ``batch``.
+        batch: What was forwarded.
+        normalised: Take the whole vocabulary in any case.
+
+    Returns:
+        (segments, max_options) float32, -inf where there is no option.
+    """
+    if batch.single_token and not normalised:
+        words, column = torch.unique(batch.target, return_inverse=True)
+        token_scores = base.logits(hidden, words)[batch.target_read, column]
+    else:
+        token_scores = base.log_probabilities(hidden, batch.target_read, batch.target)
+    options = batch.option_cell.numel()
+    total = token_scores.new_zeros(options).index_add(0, batch.target_option, token_scores)
+    mean = total / torch.bincount(batch.target_option, minlength=options)
+    cells = mean.new_full((batch.segments * batch.max_options,), -torch.inf)
+    return cells.index_copy(0, batch.option_cell, mean).view(batch.segments, batch.max_options)
+
+
+def divergences(scores: Tensor, targets: Tensor) -> Tensor:
+    """Kullback-Leibler divergences (segments,) of the options' probabilities from ``targets`` (segments, options)."""
+    logs = scores.log_softmax(dim=1).masked_fill(~scores.isfinite(), 0)
+    return (torch.xlogy(targets, targets) - targets * logs).sum(1)

@@ -1,0 +1,169 @@
+"""Preflight: what a configuration really means, without training.
+
+Attaches the adapters to the model (a tiny one when none is named), reads rank, alpha and scaling back from them, and
+says whether LoRA and XGBLoRA are comparable. For a model that is named it predicts the memory, before it is loaded.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from xgblora.adapters.adapters import Adapters
+from xgblora.base import Base, load_model
+from xgblora.base.architecture import context_length
+from xgblora.base.load import load_model_config, load_tokenizer, tiny_model
+from xgblora.config import RunConfig, flag
+from xgblora.data.batch import Example
+from xgblora.errors import XgbloraError
+from xgblora.learn.rewards import load_reward
+from xgblora.learn.schedule import resolve
+from xgblora.randomness import Stream, generator
+from xgblora.runs.arms import arm, idle_notes
+from xgblora.runs.folder import task_of
+from xgblora.runs.memory import free, predict
+from xgblora.runs.run import attach_for
+from xgblora.runs.workspace import hide_bars
+from xgblora.tasks import encode, load_splits, sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CheckConfig(RunConfig):
+    """The flags of ``check``: those of a run, with ``--mode`` and shorter names for rank and alpha."""
+
+    mode: Literal["both", "lora", "xgblora"] | None = flag(
+        None, "Which method to show: by default the one that --lora, --xgblora or --recipe names, else both."
+    )
+    lora_r: int | None = flag(
+        None,
+        "Rank of LoRA (1, or 8 with --lora); XGBLoRA's is always 1.",
+        aliases=("--rank", "--lora_rank", "--lora-rank"),
+    )
+    lora_alpha: float = flag(16, "alpha; scaling = alpha / rank.", aliases=("--alpha",))
+    model_name: str = flag("", "Model to attach to; a tiny one is built when none is given.")
+
+    def __post_init__(self) -> None:
+        if self.lora_r is None and not self.lora:
+            self.lora_r = 1
+        super().__post_init__()
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods to show, as arms of a comparison are called."""
+        xgblora = "boost" if self.recipe == "boost" else "xgblora"
+        shown = {"both": ["lora", xgblora], "lora": ["lora"], "xgblora": [xgblora]}
+        return shown[self.mode or ("xgblora" if self.xgblora else "lora" if self.lora else "both")]
+
+
+def check(config: CheckConfig) -> bool:
+    """Log the report.
+
+    Returns:
+        False where the two methods are not comparable, eps is lost in the adapters' precision, or memory is short.
+
+    Raises:
+        XgbloraError: The model cannot be had, or cannot be trained with these flags.
+    """
+    hide_bars(config)
+    if config.reward:
+        load_reward(config.reward)
+    if config.trainer == "none":
+        logger.info("Nothing is trained with --trainer none: rank, alpha and memory of a training do not matter")
+        logger.info("Check passed")
+        return True
+    arms = {method: arm(config, method) for method in config.methods}
+    if config.model_name and not _fits(config, next(reversed(arms.values()))):
+        logger.info("Check failed")
+        return False
+    if config.model_name:
+        base = Base(load_model(config.model_name, config.dtype, config.trust_remote_code)[0])
+    else:
+        base = Base(tiny_model(max(2, config.xgblora_layers)))
+    for note in idle_notes(config, list(arms.values())):
+        logger.info("Note: %s", note)
+    sound = True
+    for configured in arms.values():
+        adapters = attach_for(configured, base)
+        logger.info("  rank (r): %d", adapters.rank)
+        logger.info("  alpha: %g", adapters.scaling * adapters.rank)
+        logger.info("  scaling (alpha/r): %s", adapters.scaling)
+        logger.info("  adapted layers: %d, trainable parameters: %s", len(adapters.layers), f"{adapters.size:,}")
+        lost = eps_lost(adapters, config.zo_eps) if configured.recipe == "classic" and config.trainer == "zo" else 0.0
+        if lost > 0.5:
+            logger.error("FAILED: --zo_eps %g is lost in float32 for %.0f %% of A: raise it", config.zo_eps, 100 * lost)
+            sound = False
+        adapters.detach()
+    if set(arms) == {"lora", "xgblora"}:  # the step length of a fit undoes the scaling
+        sound = _comparable(arms["lora"], arms["xgblora"]) and sound
+    logger.info("Check %s", "passed" if sound else "failed")
+    return sound
+
+
+def _fits(config: CheckConfig, configured: RunConfig) -> bool:
+    """Log the memory of a training and whether it is there. True where it cannot be predicted, with the reason."""
+    if configured.recipe == "boost" or config.reward:
+        logger.info("Memory: predicted for --trainer zo and regular, classic recipe, without --reward")
+        return True
+    model = load_model_config(config.model_name, config.trust_remote_code)
+    length = min(config.max_length, context_length(model.get_text_config()) or config.max_length)
+    try:
+        task = task_of(config)
+        num_dev = task.num_dev if config.num_dev is None else config.num_dev
+        train = sample(
+            load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
+        ).train
+        rows = encode(task, train, load_tokenizer(config.model_name, config.trust_remote_code), length)
+    except XgbloraError as error:
+        logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
+        rows = [Example([1] * (length - 1), [[1], [2]], 0)] * configured.per_device_train_batch_size
+    needed, there = predict(configured, model, rows), free(configured.device)
+    longest = sorted(row.tokens for row in rows)[-configured.per_device_train_batch_size :]
+    logger.info(
+        "Memory, predicted: %.2f GB (Python and libraries %.2f, base %.2f, training %.2f: %d rows of up to %d tokens); "
+        "%.1f GB are free",
+        *(size / 1e9 for size in (needed.total, needed.process, needed.weights, needed.training)),
+        *(len(longest), longest[-1], there / 1e9),
+    )
+    if needed.weights + needed.training <= there:
+        return True
+    logger.error(
+        "FAILED: %.1f GB are more than the %.1f GB that are free: a smaller --per_device_train_batch_size or "
+        "--max_length, --load_bfloat16, or a smaller model",
+        *((needed.weights + needed.training) / 1e9, there / 1e9),
+    )
+    return False
+
+
+def _comparable(lora: RunConfig, xgblora: RunConfig) -> bool:
+    """Log whether a comparison of the two is fair."""
+    if xgblora.max_steps > 0 and xgblora.xgblora_steps_per_iteration > 0:
+        merges = resolve(xgblora, xgblora.max_steps, 1).expected_merges or 0
+        boosters = merges + 1
+        same = "a fair" if boosters == lora.rank else "not a fair"
+        logger.info(
+            "Capacity: %d merges leave %d booster(s), LoRA has rank %d: %s comparison of capacity",
+            *(merges, boosters, lora.rank, same),
+        )
+    if lora.scaling == xgblora.scaling:
+        logger.info("Scaling: %s for both methods: a fair comparison of scaling", lora.scaling)
+        return True
+    logger.error(
+        "FAILED: scaling (alpha/r) is %s for LoRA and %s for XGBLoRA, so they take steps of different size: "
+        "use --lora_rank 1, or an alpha of %g for LoRA alone",
+        *(lora.scaling, xgblora.scaling, xgblora.scaling * lora.rank),
+    )
+    return False
+
+
+def eps_lost(adapters: Adapters, eps: float) -> float:
+    """The share of A's entries that a step of eps along a Gaussian direction does not change in float32."""
+    draw = generator(adapters.seed, Stream.DIRECTION, 0)
+    unchanged = total = 0
+    for layer in adapters.layers.values():
+        A = layer.lora_A.detach().cpu()
+        unchanged += int((A + eps * torch.randn(A.shape, generator=draw) == A).sum())
+        total += A.numel()
+    return unchanged / total

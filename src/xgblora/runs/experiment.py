@@ -1,0 +1,185 @@
+"""Methods x seeds: every arm the same data, the same first A, the same directions; resumable; figures at the end."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xgblora.config import RunConfig, flag
+from xgblora.errors import XgbloraError
+from xgblora.files import write_json
+from xgblora.report import (
+    METRICS,
+    Curves,
+    draw_eval,
+    draw_loss,
+    draw_merge_eval,
+    draw_summary,
+    read_curves,
+    summarise,
+)
+from xgblora.runs.arms import METHODS, arm, arm_folder, idle_notes
+from xgblora.runs.folder import CONFIG, finished_result, folder_of, task_of
+from xgblora.runs.run import run
+from xgblora.runs.workspace import Workspace
+from xgblora.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ExperimentConfig(RunConfig):
+    """The flags of ``compare`` and ``boost``: those of a run, with other defaults, seeds and figures."""
+
+    model_name: str = flag("facebook/opt-350m", "Hub id, local folder or .gguf file of the base model.")
+    task_name: str = flag("SST2", "Name of the task.")
+    learning_rate: float = flag(1e-5, "Learning rate of every arm.")
+    max_steps: int = flag(20000, "Training steps of every arm.")
+    xgblora_steps_per_iteration: int = flag(1000, "Steps between merges; 0: epochs decide.")
+    eval_steps: float | None = flag(100, "Steps between evaluations on the development examples.")
+    output_root: str | None = flag(None, "Folder of the comparison; default runs/<verb>_<task>.")
+    seeds: list[int] = flag(lambda: [0, 1, 2], "Seeds; each arm is trained once with each.")
+    methods: list[str] = flag(
+        list,
+        "What compare compares: lora, xgblora, boost (XGBLoRA by --recipe boost), in-context (nothing trained). "
+        "Default: lora, xgblora and, where the task is no conversation, in-context.",
+    )
+    in_context_examples: int = flag(
+        8, "Method in-context: answered examples in front of every prompt, drawn by the seed from the training rows."
+    )
+    skip_completed: bool = flag(
+        False, "Go on with a broken comparison: keep finished runs, resume the unfinished one."
+    )
+    loss_figure_path: str | None = flag(
+        None, "Default: loss.png in the folder.", aliases=("--loss_figure", "--loss-figure")
+    )
+    figure_path: str | None = flag(
+        None, "Default: summary.png in the folder.", aliases=("--summary_figure", "--summary-figure")
+    )
+    merge_eval_figure_path: str | None = flag(
+        None, "Default: merge_eval.png in the folder.", aliases=("--merge_eval_figure", "--merge-eval-figure")
+    )
+    eval_figure: str | None = flag(None, "Default: eval.png in the folder.")
+
+    def __post_init__(self) -> None:
+        self.output_dir = self.output_root or "runs"
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise XgbloraError(f"--seeds must be different numbers of 0 or more, got {self.seeds}")
+        if len(set(self.methods)) != len(self.methods) or not set(self.methods) <= set(METHODS):
+            raise XgbloraError(f"--methods must be different ones of {', '.join(METHODS)}, got {' '.join(self.methods)}")
+        super().__post_init__()
+
+    @property
+    def makes_boosters(self) -> bool:
+        """Whether any arm has boosters: those start from ``--init_adapter``, arms of LoRA do not."""
+        return not self.methods or not set(self.methods) <= {"lora", "in-context"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison left behind."""
+
+    runs: list[Curves]
+    """In order of method and seed."""
+    files: list[Path]
+    """What shows them."""
+
+
+def arms(config: ExperimentConfig) -> list[RunConfig]:
+    """The configuration of every run, in order of method and seed."""
+    methods = config.methods or ["lora", "xgblora", "in-context"]
+    if not config.methods and not isinstance(task_of(config), Task):
+        methods.remove("in-context")  # conversations take no demonstrations
+    runs = []
+    for method in methods:
+        shown = {"num_train": min(config.in_context_examples, config.train_rows)} if method == "in-context" else {}
+        for seed in config.seeds:
+            folder = str(arm_folder(Path(str(config.output_root)), method, seed))
+            runs.append(arm(config, method, seed=seed, data_seed=seed, output_dir=folder, **shown))
+    return runs
+
+
+def experiment(config: ExperimentConfig) -> Result:
+    """Run every arm, then write ``summary.json`` and the figures.
+
+    Finished runs of the same configuration are kept with ``skip_completed``, or when all are finished; a run of
+    another configuration is never reused.
+
+    Args:
+        config: The comparison.
+
+    Returns:
+        The finished runs, and the files that show them.
+
+    Raises:
+        XgbloraError: As :func:`run` does; and in front of an unfinished comparison without ``skip_completed`` or
+            ``overwrite_output_dir``.
+    """
+    runs = arms(config)
+    finished = [finished_result(configured) is not None for configured in runs]
+    begun = [(folder_of(configured) / CONFIG).is_file() for configured in runs]
+    if all(finished):
+        logger.info(
+            "All %d runs of %s are complete (--overwrite_output_dir trains again)", len(runs), config.output_root
+        )
+    elif any(begun) and not (config.skip_completed or config.overwrite_output_dir):
+        raise XgbloraError(
+            f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
+            "go on with --skip_completed or start again with --overwrite_output_dir"
+        )
+    for note in idle_notes(config, runs):
+        logger.info("Note: %s", note)
+    # Neither a fit, whose step length undoes the scaling, nor what is not trained.
+    scalings = {configured.scaling for configured in runs if configured.recipe == "classic" and configured.trainer != "none"}
+    if len(scalings) > 1:
+        logger.warning(
+            "The methods differ in scaling (alpha/r: %s) and so in step size: --lora_rank 1 compares alike",
+            " and ".join(str(s) for s in sorted(scalings)),
+        )
+    workspace = None
+    # Rows are shared by all arms: an arm that trains says how many.
+    trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
+    for number, (configured, done) in enumerate(zip(runs, finished, strict=True), start=1):
+        if not done:
+            workspace = workspace or Workspace(trained)
+            logger.info("Run %d of %d: %s", number, len(runs), folder_of(configured).name)
+            run(configured, workspace)
+    return report(config, [folder_of(configured) for configured in runs])
+
+
+def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
+    """Write summary and figures of finished runs."""
+    root = Path(str(config.output_root))
+    curves = [read_curves(folder) for folder in folders]
+    identical = _identical(curves)
+    summary = root / "summary.json"
+    write_json(summary, summarise(curves) | {"identical_loss_curves": identical})
+    for seed, same in identical.items():
+        if same:
+            logger.info("Seed %s: the loss curves of all methods are identical", seed)
+    figures = [
+        (draw_loss, config.loss_figure_path, "loss.png"),
+        (draw_summary, config.figure_path, "summary.png"),
+        (draw_merge_eval, config.merge_eval_figure_path, "merge_eval.png"),
+        (draw_eval, config.eval_figure, "eval.png"),
+    ]
+    trained = [curve for curve in curves if curve.result.training_seconds is not None]
+    files = []
+    for draw, asked, name in figures:
+        path = Path(asked) if asked else root / name
+        if draw in (draw_eval, draw_merge_eval) and not any(curve.evals for curve in curves):
+            continue  # nothing was evaluated on the way
+        if draw is draw_summary and not trained:
+            continue
+        draw(curves if draw is draw_summary or not trained else trained, path)
+        files.append(path)
+    return Result(curves, [*files, summary, *(folder / METRICS for folder in folders)])
+
+
+def _identical(curves: Sequence[Curves]) -> dict[str, bool]:
+    """For each seed with several methods: whether their training losses are equal to the last bit."""
+    seeds: dict[str, list[list[float]]] = {}
+    for curve in curves:
+        if curve.result.trainer != "none":
+            seeds.setdefault(str(curve.result.seed), []).append([line["loss"] for line in curve.loss])
+    return {seed: all(loss == group[0] for loss in group) for seed, group in seeds.items() if len(group) > 1}

@@ -1,0 +1,197 @@
+"""One run from configuration to files: model, task, training, evaluation, metrics."""
+
+import logging
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from xgblora.adapters.adapters import Adapters, LayerSubset, attach
+from xgblora.adapters.boosters import Ledger, start_from
+from xgblora.adapters.files import require_lora
+from xgblora.base import Base
+from xgblora.config import RunConfig, banner, notes
+from xgblora.errors import XgbloraError
+from xgblora.files import write_atomically
+from xgblora.learn.evaluate import Evaluation, score
+from xgblora.learn.fitted.tail import Tail
+from xgblora.learn.fitted.writers import require_writers, residual_writers
+from xgblora.report import METRICS, RunResult
+from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
+from xgblora.runs.workspace import Workspace
+from xgblora.training.checkpoints import last_checkpoint
+from xgblora.training.interruption import StopAtSignal, alone_in
+from xgblora.training.record import CurveRecorder, PeakMemory
+from xgblora.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
+    """Carry out one run, or resume it, or return the result it already has.
+
+    In the main thread, Ctrl-C or SIGTERM lets the step in progress finish, saves a checkpoint and raises
+    :class:`~xgblora.training.interruption.Interrupted`; a second one raises it at once.
+
+    Args:
+        config: What to run. Its folder is kept where it holds an unfinished run of the same configuration.
+        workspace: Of a run with the same model and rows; saves loading them again.
+
+    Returns:
+        What stands in ``metrics.json``.
+
+    Raises:
+        XgbloraError: Anything that a user can mend, before work is wasted.
+    """
+    folder = folder_of(config)
+    if (finished := finished_result(config)) is not None:
+        logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
+        return finished
+    require_ours(config)
+    stop = StopAtSignal()
+    with ExitStack() as held:
+        held.enter_context(stop.listening())
+        if folder.is_dir():  # another one is made once model and data are known to be there
+            held.enter_context(alone_in(folder))
+        return _run(config, workspace, stop, held)
+
+
+def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal, held: ExitStack) -> RunResult:
+    """``held``: holds the lock on the folder until the run is over."""
+    if config.init_adapter and config.trainer != "none":
+        require_lora(Path(config.init_adapter))
+    workspace = workspace or Workspace(config)
+    workspace.require_serves(config)
+    config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
+    set_seed(config.seed)
+    work: dict[str, Any] = {}
+    if config.trainer == "none":
+        prepare_folder(config, held, workspace.contents)
+        scores = workspace.in_context(config) if config.train_rows else workspace.zero_shot(config)
+    else:
+        adapters = attach_for(config, workspace.base)  # first of all: it may refuse, and then nothing was written
+        try:
+            ledger = Ledger(adapters)
+            ledger.task = config.task_name
+            if config.init_adapter:
+                count = start_from(ledger, config.init_adapter)
+                logger.info("Starting from %s: %d boosters", config.init_adapter, count)
+            prepare_folder(config, held, workspace.contents)
+            with adapters.first(0):
+                workspace.zero_shot(config)
+            work = _train(config, workspace, ledger, stop)
+            scores = workspace.scores(config, "trained")
+        finally:
+            adapters.detach()
+    result = RunResult(**_reached(config, workspace, scores), **work)
+    result.write(folder_of(config) / METRICS)  # last: it is what makes a run complete
+    if config.result_file:
+        result.write(Path(config.result_file))
+    return result
+
+
+def attach_for(config: RunConfig, base: Base) -> Adapters:
+    """Log what a configuration means, and attach the adapters that it asks for.
+
+    Raises:
+        XgbloraError: The base has no such layers, or the recipe cannot be trained on it.
+    """
+    for line in banner(config):
+        logger.info(line)
+    for note in notes(config):
+        logger.info("Note: %s", note)
+    boosted = config.recipe == "boost"
+    # The upper half: what a prompt says is there (docs/experiments.md), and the lower half is computed only once.
+    count = config.xgblora_layers or (-(-len(base.layers) // 2) if boosted else 0)
+    adapters = attach(
+        base,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules or (residual_writers(base) if boosted else None),
+        seed=config.seed,
+        xgblora=config.xgblora,
+        layers=LayerSubset(count, config.layer_choice) if count else None,
+    )
+    if boosted:
+        try:
+            require_writers(adapters)
+            Tail(base)
+        except XgbloraError:
+            adapters.detach()
+            raise
+    return adapters
+
+
+def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, stop: StopAtSignal) -> dict[str, Any]:
+    """Train, save the adapter, and say what it took."""
+    folder = folder_of(config)
+    trainer = Trainer(
+        model=workspace.base.model,
+        args=config,
+        adapters=ledger,
+        train_dataset=workspace.train,
+        eval_dataset=workspace.dev,
+        objective=workspace.reward or workspace.loss,
+    )
+    recorder = CurveRecorder(folder, ledger)
+    trainer.add_callback(recorder)
+    trainer.add_callback(stop)
+    checkpoint = config.resume_from_checkpoint or last_checkpoint(folder)
+    if checkpoint is not None:
+        logger.info("Resuming from %s", checkpoint)
+    memory = PeakMemory(config.device)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    peak = memory.read()
+    trainer.save_adapters(folder / ADAPTER)
+    write_atomically(folder / STATE, lambda file: trainer.state.save_to_json(str(file)))
+    merges = [booster.step for booster in ledger.boosters if booster.step]  # 0: what the run started from
+    return {
+        "merges": len(merges),
+        "merge_steps": merges,
+        "boosters": len(ledger.boosters) + 1 if config.xgblora else 0,
+        "steps": trainer.state.global_step,
+        "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
+        "training_seconds": recorder.seconds,
+        "peak_memory_mb": peak,
+        "trainable_parameters": ledger.adapters.size,
+    } | {f"forward_{name}": value for name, value in vars(trainer.cost).items()}
+
+
+def _reached(
+    config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, Evaluation | None]
+) -> dict[str, Any]:
+    """What a run reached, and on what."""
+    (final, dev), (zero_shot, _) = scores, workspace.zero_shot(config)
+    method: str = "boost" if config.recipe == "boost" else config.method
+    if config.trainer == "none":
+        method = "in-context" if config.train_rows else "zero-shot"
+    reached: dict[str, Any] = {
+        "method": method,
+        "trainer": config.trainer,
+        "seed": config.seed,
+        "model": config.model_name,
+        "task": workspace.task.name,
+        "evaluation_split": workspace.eval_split,
+        "rows": {
+            "train": min(config.train_rows, len(workspace.train)),
+            "dev": len(workspace.dev),
+            "evaluation": len(workspace.eval),
+        },
+        "zero_shot_accuracy": zero_shot.accuracy,
+        "zero_shot_loss": zero_shot.loss,
+        "accuracy": final.accuracy,
+        "eval_loss": final.loss,
+        "gain": final.accuracy - zero_shot.accuracy,
+        "dev_accuracy": dev.accuracy if dev else None,
+        "dev_loss": dev.loss if dev else None,
+    }
+    evaluations = ("", workspace.eval, final), ("zero_shot_", workspace.eval, zero_shot), ("dev_", workspace.dev, dev)
+    if (metric := workspace.task.metric) != "accuracy":
+        reached["metric"] = metric
+        reached |= {f"{name}score": evaluation and score(metric, rows, evaluation) for name, rows, evaluation in evaluations}
+    if (reward := workspace.reward) is not None:
+        for name, rows, evaluation in evaluations:
+            reached[f"{name}reward"] = evaluation and reward.mean(rows, evaluation.predictions, evaluation.texts)
+    return reached

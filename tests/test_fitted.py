@@ -1,0 +1,566 @@
+"""Boosters fitted to pseudo-residuals: the fit is the optimum it claims to be, and the model follows it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import PreTrainedConfig
+
+from conftest import ARCHITECTURES, LogLines, build, examples, option_scores, train
+from xgblora import (
+    Adapters,
+    Base,
+    Batch,
+    Example,
+    LayerSubset,
+    OptionLoss,
+    RunConfig,
+    TextLoss,
+    XgbloraError,
+    attach,
+    evaluate,
+    load_adapters,
+)
+from xgblora.base.base import rows_read
+from xgblora.base.prefix import Prefix
+from xgblora.config import notes
+from xgblora.data.batch import build_batch
+from xgblora.learn.fitted.activations import Forwards, TailLoss
+from xgblora.learn.fitted.boost import MOST_READS, BoostRecipe, boost, line_search, put, shortest_as_good
+from xgblora.learn.fitted.fit import fit
+from xgblora.learn.fitted.tail import Tail
+from xgblora.learn.fitted.teacher import teach
+from xgblora.learn.fitted.writers import residual_writers, turned_down, written_along
+from xgblora.learn.losses import AnswerLoss, divergences
+
+OPTIONS = {"single": [[5], [9]], "several": [[5], [9], [13]], "long": [[5, 6], [9], [13, 14, 15]]}
+LOSSES: list[AnswerLoss] = [OptionLoss(), TextLoss()]
+BOOST: dict[str, Any] = {"recipe": "boost", "lora_target_modules": ["out_proj"], "layers": LayerSubset(1, "top")}
+
+
+def forwards_of(adapters: Adapters, prefix: Prefix | None = None) -> Forwards:
+    return Forwards(adapters, OptionLoss(), prefix)
+
+
+def recipe_of(trainer: Any) -> BoostRecipe:
+    """What a trainer's method fits boosters by."""
+    recipe: BoostRecipe = trainer.method.recipe
+    return recipe
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_tail_gives_the_models_scores(architecture: PreTrainedConfig, options: str, normalised: bool) -> None:
+    model = build(architecture)
+    base = Base(model)
+    tail = Tail(base)
+    batch = base.batch(examples(7, OPTIONS[options]))
+    with torch.no_grad():
+        expected = option_scores(model, batch, normalised)
+        (observation,) = base.observe([batch], [])
+        scores = tail.scores(observation.last, batch, normalised)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("of_answers", LOSSES)
+def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, of_answers: AnswerLoss) -> None:
+    """At the optimum the gradient vanishes: every a_m is -1/weight times the sum of slopes times scaled inputs."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    with torch.no_grad():
+        forwards = Forwards(adapters, of_answers)
+        seen = forwards.observe(examples(60, OPTIONS[options]), MOST_READS)
+        loss = TailLoss(forwards, seen)
+        learner = fit(seen, loss, ridge=1.0)
+        assert learner.outputs.norm().item() == pytest.approx(1, abs=1e-5)
+        change = learner.at(seen)
+        torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
+        before, _ = loss(seen.hidden)
+        after, gradient = loss(seen.hidden + learner.change @ learner.outputs)
+        assert after.mean() < 0.9 * before.mean()
+        slopes = gradient @ learner.outputs[0]
+        spreads = [(x - x.mean(0)).norm(dim=1).mean() * len(seen.inputs) ** 0.5 for x in seen.inputs]
+        variance = sum(((x - x.mean(0)) / s).square().sum(1).mean() for x, s in zip(seen.inputs, spreads, strict=True))
+        weight = variance * loss.curvature(seen.hidden, learner.outputs[0])
+        for x, (a,), spread in zip(seen.inputs, learner.inputs, spreads, strict=True):
+            torch.testing.assert_close(a, -(x.T @ slopes) / spread**2 / weight, rtol=0.02, atol=1e-3 * a.abs().max())
+
+
+def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
+    """Their pairs are -gamma W^T u, and at the optimum the loss does not change with gamma."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
+    with torch.no_grad():
+        forwards = forwards_of(adapters)
+        seen = forwards.observe(examples(60), MOST_READS)
+        loss = TailLoss(forwards, seen)
+        assert turned_down(adapters) == ["down_proj" in name for name in adapters.layers]
+        learner = fit(seen, loss, 1.0)
+        change = learner.at(seen)
+        torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
+        assert learner.share.abs() > 0.01
+        wrote: list[torch.Tensor] = []
+        for name, layer in adapters.layers.items():
+            if "down_proj" in name:
+                weight = layer.base_layer.weight
+                layer.register_forward_pre_hook(lambda _, args, weight=weight: wrote.append(args[0] @ weight.T))
+        put(adapters, learner, 0.0)
+        for _ in adapters.base.hidden(seen.batches):
+            pass
+        rows = [rows_read(sum(wrote[2 * i : 2 * i + 2]), batch) for i, batch in enumerate(seen.batches)]
+        torch.testing.assert_close(seen.written, torch.cat(rows), rtol=1e-3, atol=1e-4)
+        put(adapters, learner, 1.0)
+        opinion = seen.written @ learner.outputs[0]
+        for name, layer in adapters.layers.items():
+            along = layer.base_layer.weight.T @ learner.outputs[0]
+            if "down_proj" in name:
+                torch.testing.assert_close(layer.lora_A[0], -learner.share * along, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(layer.lora_B[:, 0], learner.outputs[0] / layer.scaling)
+        _, gradient = loss(seen.hidden + learner.change @ learner.outputs)
+        slopes = gradient @ learner.outputs[0]
+        assert abs(slopes @ opinion) < 1e-3 * slopes.abs() @ opinion.abs()
+
+
+@pytest.mark.parametrize("opinion", ["keep", "drop"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep", "drop"]) -> None:
+    """Kept, f is added to the final hidden state; dropped, it is all there is along the teacher's directions."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
+    forwards = forwards_of(adapters)
+    rows, held = examples(60, OPTIONS[options]), examples(20, OPTIONS[options], seed=9)
+    teacher = teach(forwards, rows, held, opinion=opinion)
+    with torch.no_grad():
+        seen, unseen = (forwards.observe(part, MOST_READS) for part in (rows, held))
+        seen, unseen = (replace(part, written=None) for part in (seen, unseen))  # the attention's alone
+        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
+        assert teacher.directions == len(learner.outputs) == {"single": 1, "several": 2, "long": 4}[options]
+        torch.testing.assert_close(learner.outputs @ learner.outputs.T, torch.eye(teacher.directions))
+        for outputs in learner.outputs if opinion == "drop" else []:
+            for part in (seen, unseen):
+                part.hidden.sub_((part.hidden @ outputs)[:, None] * outputs)
+        if opinion == "drop":
+            learner = fit(seen, TailLoss(forwards, seen), 1.0, outputs=learner.outputs)
+        for part in (seen, unseen):
+            moved = part.hidden + learner.at(part) @ learner.outputs
+            batch = build_batch(part.examples, True)
+            expected = forwards.tail.scores(moved, batch, False).softmax(1)
+            torch.testing.assert_close(teacher.targets(part.examples), expected, rtol=1e-3, atol=1e-4)
+    log = teacher.targets(held)[range(20), [example.label for example in held]].log().mean().item()
+    assert teacher.losses == {opinion == "keep": pytest.approx(-log, rel=1e-4)}
+    assert teacher.cost.sequences == 80
+    assert not teacher.knows(Example([3, 4], OPTIONS[options], 0))
+
+
+def test_a_teacher_keeps_knowledge_and_drops_prejudice() -> None:
+    """With few examples: labels that the base gives itself, and labels of a base that says always the same."""
+    model = build(ARCHITECTURES["llama"])
+    kept = {}
+    for case in ("knowledge", "prejudice"):
+        rows = examples(48)
+        adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+        if case == "knowledge":
+            with torch.no_grad():
+                sure = option_scores(model, build_batch(rows, True)).argmax(1).tolist()
+            rows = [replace(row, label=label) for row, label in zip(rows, sure, strict=True)]
+        else:
+            model.lm_head.weight.data[5] += 4 * model.lm_head.weight.data[5]
+        forwards = forwards_of(adapters)
+        teacher = teach(forwards, rows[:24], rows[24:])
+        kept[case] = teacher.losses[True] < teacher.losses[False]
+        targets = {o: teach(forwards, rows[:24], rows[24:], opinion=o).targets(rows) for o in ("keep", "drop")}
+        torch.testing.assert_close(teacher.targets(rows), targets["keep" if kept[case] else "drop"])
+        adapters.detach()
+    assert kept == {"knowledge": True, "prejudice": False}
+
+
+def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
+    """Also of examples that neither was fitted on, with options of different number; what it never saw is left out."""
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, residual_writers(Base(model)), xgblora=True)
+    forwards = forwards_of(adapters)
+    rows = examples(150, OPTIONS["several"]) + examples(150, OPTIONS["single"], seed=1)
+    searched, unseen = (examples(40, OPTIONS["several"], seed=seed) for seed in (2, 3))
+    teacher = teach(forwards, rows, searched + unseen)
+    batch, stranger = build_batch(unseen, True), Example([3, 4], OPTIONS["single"], 0)
+    with torch.no_grad():
+        before = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
+        for number in range(8):
+            boost(forwards, [*rows, stranger], [*searched, stranger], teacher=teacher, ridge=0.03)
+            adapters.freeze_pair()
+            adapters.new_pair(number + 1)
+        after = divergences(option_scores(model, batch), teacher.targets(unseen)).mean()
+    assert after < 0.1 * before
+
+
+def test_targets_fit_batches_of_fewer_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgblora.learn.fitted.activations.PART_TOKENS", 15)  # an example or two
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True)
+    forwards = forwards_of(adapters)
+    rows = examples(20, OPTIONS["long"]) + examples(20, OPTIONS["single"], seed=1)
+    teacher = teach(forwards, rows, examples(10, OPTIONS["long"], seed=2))
+    booster = boost(forwards, rows, rows[:10], teacher=teacher)
+    assert booster.after < booster.before
+
+
+def test_divergences_are_those_of_the_field() -> None:
+    scores = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, -1.0, 3.0]])
+    targets = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.0, 0.8]])
+    expected = [
+        torch.nn.functional.kl_div(row[row.isfinite()].log_softmax(0), target[row.isfinite()], reduction="sum")
+        for row, target in zip(scores, targets, strict=True)
+    ]
+    torch.testing.assert_close(divergences(scores, targets), torch.stack(expected))
+    assert divergences(scores, scores.softmax(1)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("name", "writer"), [("opt", "fc2"), ("gpt2", "mlp.c_proj"), ("llama", "down_proj")])
+def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgblora.learn.fitted.writers.PART_UNITS", 20)  # so that the inputs come in parts
+    model = build(ARCHITECTURES[name])
+    assert writer in residual_writers(Base(model))
+    layer = next(iter(attach(model, 1, 16, [writer], xgblora=True).layers.values()))
+    output = torch.randn(layer.out_features, generator=torch.Generator().manual_seed(0))
+    weight = layer.base_layer.weight if name == "gpt2" else layer.base_layer.weight.T
+    if layer.base_layer.bias is not None:
+        layer.base_layer.bias.data.normal_()
+    with torch.no_grad():
+        torch.testing.assert_close(written_along(layer, output, torch.float32), weight @ output, rtol=1e-4, atol=1e-5)
+
+
+def test_mlp_layers_alone_are_fitted() -> None:
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["down_proj"], xgblora=True)
+    assert turned_down(adapters) == [False, False]
+    booster = boost(forwards_of(adapters), examples(60), examples(20, seed=9))
+    assert booster.after < booster.before
+
+
+def test_a_larger_ridge_gives_a_shorter_learner() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    with torch.no_grad():
+        forwards = forwards_of(adapters)
+        seen = forwards.observe(examples(40), MOST_READS)
+        loss = TailLoss(forwards, seen)
+        sizes = [fit(seen, loss, ridge).change.norm() for ridge in (0.1, 1.0, 10.0)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"mistral"}))  # whose window the first token leaves
+def test_boosters_learn_what_the_first_token_tells(name: str) -> None:
+    model = build(ARCHITECTURES[name])
+    adapters = attach(model, 1, 16, residual_writers(Base(model)), xgblora=True)
+    forwards, held_out = forwards_of(adapters), examples(100, seed=2)
+    before = evaluate(model, held_out)
+    for number in range(6):
+        booster = boost(forwards, examples(260, seed=10 + number), examples(100, seed=20))
+        assert booster.after <= booster.before
+        adapters.freeze_pair()
+        adapters.new_pair(number + 1)
+    after = evaluate(model, held_out)
+    assert after.loss < 0.6 * before.loss
+    assert after.accuracy > 0.8
+
+
+def test_three_options_take_boosters_in_several_directions() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    forwards, outputs = forwards_of(adapters), []
+    held_out = examples(150, OPTIONS["several"], seed=2)
+    before = evaluate(model, held_out)
+    for number in range(8):
+        searched = examples(100, OPTIONS["several"], seed=20)
+        boost(forwards, examples(260, OPTIONS["several"], seed=10 + number), searched)
+        outputs.append(torch.nn.functional.normalize(adapters.slices[0][0].lora_B[:, 0].detach(), dim=0))
+        adapters.freeze_pair()
+        adapters.new_pair(number + 1)
+    after = evaluate(model, held_out)
+    assert after.accuracy > max(0.6, before.accuracy + 0.2)
+    assert torch.linalg.matrix_rank(torch.stack(outputs), rtol=0.05) >= 2
+
+
+def test_no_gradient_passes_through_a_decoder_layer() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    modes: set[bool] = set()
+    for layer in adapters.base.layers.values():
+        layer.register_forward_pre_hook(lambda *_: modes.add(torch.is_grad_enabled()))
+    boost(forwards_of(adapters), examples(35), examples(5, seed=9))
+    assert modes == {False}
+    assert all(parameter.grad is None for parameter in adapters.parameters())
+
+
+def test_what_was_forwarded_is_counted() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    forwards, passes = forwards_of(adapters), []
+    _ = adapters.base.packed  # measured before it is counted
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    rows = [Example([20 + number % 2, 21, 22], [[5], [9]], number % 2) for number in range(40)]
+    cost = boost(forwards, rows[:35], rows[35:]).cost
+    evaluations = (cost.sequences - 35) // 5
+    assert cost.sequences == 35 + 5 * evaluations
+    assert cost.passes == len(passes) == 1 + evaluations
+    assert cost.tokens == 3 * cost.sequences
+
+
+def test_examples_that_all_look_alike_teach_nothing() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
+    rows = [Example([20, 21, 22], [[5], [9]], number % 2) for number in range(40)]
+    booster = boost(forwards_of(adapters), rows[:35], rows[35:])
+    assert booster.step_length == 0
+    assert booster.after == booster.before
+    assert not any(layer.lora_B.any() for layer in adapters.layers.values())
+
+
+def test_scaling_is_undone_and_shrinkage_is_not() -> None:
+    updates = []
+    for alpha, shrinkage in ((16, 1.0), (1, 1.0), (16, 0.5)):
+        model = build(ARCHITECTURES["llama"])
+        adapters = attach(model, 1, alpha, ["o_proj"], xgblora=True)
+        boost(forwards_of(adapters), examples(50), examples(10, seed=9), shrinkage=shrinkage)
+        layer = adapters.slices[0][0]
+        updates.append(layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach())
+    torch.testing.assert_close(updates[0], updates[1])
+    torch.testing.assert_close(updates[0], 2 * updates[2])
+
+
+def test_layers_that_do_not_train_stay_zero() -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, 1, 16, ["o_proj"], xgblora=True, layers=LayerSubset(1, "top"))
+    boost(forwards_of(adapters), examples(50), examples(10, seed=9))
+    first, second = adapters.layers.values()
+    assert not first.lora_B.any()
+    assert second.lora_B.any()
+
+
+def test_kept_activations_change_nothing_but_rounding() -> None:
+    losses = []
+    for cache_bytes in (0, 10**8):
+        model = build(ARCHITECTURES["llama"])
+        adapters = attach(model, 1, 16, ["o_proj"], xgblora=True, layers=LayerSubset(1, "top"))
+        prefix = Prefix(model, cache_bytes)
+        rows = examples(50), examples(10, seed=9)
+        losses.append([boost(forwards_of(adapters, prefix), *rows).after for _ in range(2)])
+        assert bool(prefix.used_bytes) == bool(cache_bytes)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("best", "start", "within"), [(1.0, 1.0, 0.01), (3.0, 1.0, 0.2), (0.3, 1.0, 0.1), (20.0, 1.0, 6.0)]
+)
+def test_the_line_search_finds_the_lowest_step(best: float, start: float, within: float) -> None:
+    def loss_at(step: float) -> float:
+        return math.log(step / best) ** 2 if step else 100.0
+
+    assert line_search(loss_at, start) == pytest.approx(best, abs=within)
+
+
+def test_the_line_search_takes_no_step_uphill() -> None:
+    calls: list[float] = []
+
+    def loss_at(step: float) -> float:
+        calls.append(step)
+        return step
+
+    assert line_search(loss_at, 1.0) == 0.0
+    assert len(calls) <= 9
+
+
+def test_a_shorter_step_is_taken_where_the_longer_one_is_better_by_chance() -> None:
+    """Paired over examples: steps 1 and 2 differ from 3 by 0.01 with spreads of 0.2 and of 0.001."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(100, generator=draw, dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    best = torch.rand(100, generator=draw, dtype=torch.float64)
+    losses = {0.0: best + 0.001 * noise, 1.0: best + 0.01 + 0.001 * noise, 2.0: best + 0.01 + 0.2 * noise, 3.0: best}
+    assert shortest_as_good(losses, 3.0) == 2.0
+    assert shortest_as_good(losses, 1.0) == 1.0
+    assert shortest_as_good(losses | {4.0: best}, 3.0) == 2.0
+    assert shortest_as_good(losses, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "count", "says"),
+    [
+        (["v_proj"], 1, 40, "residual stream"),
+        (["o_proj"], 2, 40, "rank 1"),
+        (["o_proj"], 1, 1, "at least 2"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(targets: list[str], rank: int, count: int, says: str) -> None:
+    model = build(ARCHITECTURES["llama"])
+    adapters = attach(model, rank, 16, targets)
+    with pytest.raises(XgbloraError, match=says):
+        boost(forwards_of(adapters), examples(count), examples(5))
+
+
+def test_a_model_with_other_names_asks_for_targets() -> None:
+    model = build(ARCHITECTURES["llama"])
+    for block in Base(model).layers.values():
+        block.self_attn.write = block.self_attn.o_proj
+        del block.self_attn.o_proj
+    with pytest.raises(XgbloraError, match="--lora_target_modules"):
+        residual_writers(Base(model))
+
+
+def test_a_run_is_one_booster_a_step(tmp_path: Path, log_lines: LogLines) -> None:
+    trainer, losses = train(tmp_path, **BOOST, boost_boosters=3, boost_examples=48)
+    assert len(losses) == trainer.state.global_step == 3
+    assert [booster.step for booster in trainer.ledger.boosters] == [1, 2]
+    assert trainer.adapters.slices[0][0].lora_B.any()  # the third, which no merge follows
+    assert losses[2] < losses[0]
+
+
+def test_no_booster_is_fitted_on_rows_that_find_step_lengths(tmp_path: Path) -> None:
+    """48 examples a booster, 6 of them for the search: the same 6 for all boosters, and never in a batch."""
+    rows = examples(64)
+    trainer, _ = train(tmp_path, rows=rows, **BOOST, boost_boosters=3, boost_examples=48)
+    held, fitted = {id(row) for row in recipe_of(trainer).searched}, {id(row) for row in trainer.train_dataset}
+    assert len(held) == 6
+    assert held.isdisjoint(fitted)
+    assert held | fitted == {id(row) for row in rows}
+    batches = [Batch(**batch).examples for batch in trainer.get_train_dataloader()]
+    assert [len(batch) for batch in batches] == [42, 16]
+    assert {id(row) for batch in batches for row in batch} == fitted
+
+
+def _start(folder: Path) -> dict[str, Any]:
+    """The flag of a run that goes on from two boosters of an earlier one."""
+    first, _ = train(folder / "first", **BOOST, boost_boosters=2)
+    first.ledger.save(folder / "adapter")
+    return {"start": folder / "adapter"}
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, started: bool) -> None:
+    """Its teacher is fitted again: to the model before the run's first booster, be that a bare one or not."""
+    flags = BOOST | {"boost_boosters": 4, "boost_examples": 48}
+    flags |= {"save_strategy": "steps", "save_total_limit": 9}
+    flags |= _start(tmp_path) if started else {}
+    whole, losses = train(tmp_path / "whole", **flags)
+    resumed, again = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again == losses
+    assert resumed.method.step_length == whole.method.step_length
+    assert resumed.cost == whole.cost
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        assert torch.equal(mine.lora_A, theirs.lora_A)
+        assert torch.equal(mine.lora_B, theirs.lora_B)
+        assert torch.equal(mine.booster_B, theirs.booster_B)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines: LogLines, started: bool) -> None:
+    flags = BOOST | (_start(tmp_path) if started else {})
+    log_lines.lines.clear()
+    trainer, _ = train(tmp_path, **flags, boost_boosters=2, boost_teacher_examples=40)
+    assert len(trainer.train_dataset) == 40
+    teacher = recipe_of(trainer).teacher
+    assert teacher is not None
+    assert teacher.cost.sequences == 40 + len(recipe_of(trainer).searched) == 48
+    assert all(teacher.knows(row) for row in [*trainer.train_dataset, *recipe_of(trainer).searched])
+    (line,) = log_lines.containing("Teacher of 48 examples, along 1 direction(s); held-out loss")
+    assert "added to the base's opinion, " in line
+    assert line.endswith("in place of the base's opinion")
+    searches = (trainer.cost.sequences - 48 - 2 * 40) / 8
+    assert searches == trainer.cost.passes - 3
+
+
+def test_the_flags_of_a_teacher_reach_it(tmp_path: Path) -> None:
+    """As many directions as boosters can follow, the ridge, and the opinion."""
+    rows, answers = examples(64, OPTIONS["several"]), []
+    for number, (boosters, ridge, opinion) in enumerate(((1, 1.0, "auto"), (3, 1.0, "keep"), (3, 9.0, "keep"))):
+        flags = BOOST | {"boost_boosters": boosters, "boost_ridge": ridge, "boost_opinion": opinion}
+        trainer, _ = train(tmp_path / str(number), rows=rows, **flags)
+        teacher = recipe_of(trainer).teacher
+        assert teacher is not None
+        assert teacher.directions == min(boosters, 2)
+        assert set(teacher.losses) == ({True, False} if opinion == "auto" else {True})
+        answers.append(teacher.targets(rows))
+    assert not torch.allclose(answers[1], answers[2], atol=1e-3)
+
+
+def test_boosters_follow_with_a_ridge_of_their_own(tmp_path: Path) -> None:
+    sizes = []
+    for follow in (0.01, 100.0):
+        trainer, _ = train(tmp_path / str(follow), **BOOST, boost_boosters=1, boost_follow_ridge=follow)
+        sizes.append(trainer.adapters.slices[0][0].lora_A.norm().item())
+    assert sizes[0] > 2 * sizes[1]
+
+
+def test_a_language_model_loss_has_no_teacher(tmp_path: Path) -> None:
+    trainer, losses = train(tmp_path, **BOOST, boost_boosters=3, train_as_classification=False)
+    assert recipe_of(trainer).teacher is None
+    assert losses[2] < losses[0]
+
+
+def test_saved_boosters_predict_alike(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, **BOOST, boost_boosters=2)
+    trainer.ledger.save(tmp_path / "adapter")
+    rows = examples(20, seed=3)
+    expected = evaluate(trainer.model, rows)
+    fresh = build(ARCHITECTURES["opt"])
+    load_adapters(fresh, tmp_path / "adapter")
+    assert evaluate(fresh, rows).loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"lora": True}, "leave out --lora"),
+        ({"trainer": "regular"}, "--trainer regular"),
+        ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps"),
+        ({"torch_compile": True}, "--torch_compile"),
+        ({"xgblora_use_adaptive_merge": True}, "--xgblora_use_adaptive_merge"),
+        ({"boost_boosters": 0}, "--boost_boosters"),
+        ({"boost_examples": 2}, "--boost_examples"),
+        ({"boost_search_share": 0.6}, "--boost_search_share"),
+        ({"boost_ridge": 0.0}, "--boost_ridge"),
+        ({"boost_follow_ridge": -1.0}, "--boost_follow_ridge"),
+        ({"boost_teacher_examples": 2}, "--boost_teacher_examples"),
+        ({"boost_opinion": "mine"}, "--boost_opinion"),
+        ({"xgblora_shrinkage": 1.5}, "--xgblora_shrinkage"),
+        ({"recipe": "best"}, "--recipe"),
+        ({"max_steps": 5}, "--max_steps counts steps: one step of --recipe boost is a booster"),
+        ({"per_device_train_batch_size": 8}, "--per_device_train_batch_size is for training steps: --boost_examples"),
+        ({"save_steps": 500}, "--save_steps counts steps"),
+        ({"logging_steps": 10}, "--logging_steps counts steps"),
+        ({"xgblora_steps_per_iteration": 9}, "--xgblora_steps_per_iteration counts steps"),
+        ({"num_train": 1}, "--recipe boost fits boosters on at least 2 examples"),
+        ({"num_train": 2}, "--recipe boost fits boosters on at least 2 examples"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_refused(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(XgbloraError, match=says):
+        RunConfig(**{"recipe": "boost", "use_cpu": True} | flags)
+
+
+def test_what_says_the_same_as_the_recipe_is_taken() -> None:
+    """A configuration made from the settings of another one has what follows from its recipe among them."""
+    config = RunConfig(recipe="boost", use_cpu=True, boost_boosters=3, eval_steps=7)
+    again = RunConfig(recipe="boost", use_cpu=True, boost_boosters=3, max_steps=3, logging_steps=1, save_steps=1)
+    assert (config.max_steps, config.logging_steps, config.save_steps) == (3, 1, 1)
+    assert again.per_device_train_batch_size == config.per_device_train_batch_size == 896
+    assert notes(config) == ["--eval_steps has no effect with --recipe boost: every booster is evaluated"]
+
+
+@pytest.mark.parametrize("choice", ["random", "top"])
+def test_a_resumed_teacher_is_fitted_to_the_first_boosters_layers(choice: Any, tmp_path: Path) -> None:
+    """Of eight layers two train, others for every booster: a resumed run must not teach by those of the next one."""
+    config = ARCHITECTURES["opt"].__class__(**ARCHITECTURES["opt"].to_dict() | {"num_hidden_layers": 8})
+    flags = BOOST | {"boost_boosters": 4, "boost_examples": 48, "layers": LayerSubset(2, choice), "seed": 3}
+    flags |= {"save_strategy": "steps", "save_total_limit": 9}
+    whole, losses = train(tmp_path / "whole", build(config), **flags)
+    resumed, again = train(
+        tmp_path / "resumed", build(config), **flags, resume=str(tmp_path / "whole" / "checkpoint-2")
+    )
+    assert again == losses
+    assert resumed.cost == whole.cost
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        for a, b in zip(mine.pairs(), theirs.pairs(), strict=True):
+            assert torch.equal(a, b)
