@@ -42,12 +42,12 @@ def chatting(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 def test_every_turn_of_the_assistant_is_an_example() -> None:
     tokenizer = chatting()
-    found = encode(CHAT, [GREETED], tokenizer, 512)
+    turns = encode(CHAT, [GREETED], tokenizer, 512)
     before = "[system]Be kind.</s>[user]Hi</s>[assistant]"
-    assert [tokenizer.decode(e.prompt) for e in found] == [before, before + "Hello!</s>[user]Bye</s>[assistant]"]
-    assert [[tokenizer.decode(option) for option in e.options] for e in found] == [["Hello!</s>"], ["See you.</s>"]]
-    assert [e.references for e in found] == [("Hello!",), ("See you.",)]
-    assert all(e.options[0][-1] == tokenizer.eos_token_id for e in found), "it learns to end"
+    assert [tokenizer.decode(e.prompt) for e in turns] == [before, before + "Hello!</s>[user]Bye</s>[assistant]"]
+    assert [[tokenizer.decode(option) for option in e.options] for e in turns] == [["Hello!</s>"], ["See you.</s>"]]
+    assert [e.references for e in turns] == [("Hello!",), ("See you.",)]
+    assert all(e.options[0][-1] == tokenizer.eos_token_id for e in turns), "it learns to end"
     short = encode(CHAT, [GREETED], tokenizer, 120)[1]
     assert len(short.prompt) == 20
     assert tokenizer.decode(short.prompt).endswith("Bye</s>[assistant]")
@@ -57,8 +57,8 @@ def test_a_conversation_leaves_room_for_what_is_said_next() -> None:
     """Of a model whose context is 64 tokens."""
     chat = replace(CHAT, generation=Generation(12, ""))
     asked = {"messages": [{"role": "user", "content": "x" * 200}]}
-    (found,) = encode(chat, [asked], chatting(), 64, answered=False)
-    assert len(found.prompt) == 52
+    (example,) = encode(chat, [asked], chatting(), 64, answered=False)
+    assert len(example.prompt) == 52
     assert len(predict(build(ARCHITECTURES["opt"]), chatting(), chat, [asked])) == 1
     with pytest.raises(XgbloraError, match="row 1: what is to be said leaves no room for a prompt within 12"):
         encode(chat, [asked], chatting(), 12, answered=False)
@@ -67,10 +67,10 @@ def test_a_conversation_leaves_room_for_what_is_said_next() -> None:
 def test_the_real_models_template() -> None:
     """SmolLM2 writes a system turn of its own where there is none, and ends turns with a token and a line break."""
     tokenizer = load_tokenizer()
-    found = encode(CHAT, [{"messages": GREETED["messages"][1:]}], tokenizer, 2048)
-    assert [tokenizer.decode(e.options[0]) for e in found] == ["Hello!<|im_end|>\n", "See you.<|im_end|>\n"]
+    turns = encode(CHAT, [{"messages": GREETED["messages"][1:]}], tokenizer, 2048)
+    assert [tokenizer.decode(e.options[0]) for e in turns] == ["Hello!<|im_end|>\n", "See you.<|im_end|>\n"]
     whole = tokenizer.apply_chat_template(GREETED["messages"][1:], return_dict=False)
-    assert [*found[1].prompt, *found[1].options[0]] == whole
+    assert [*turns[1].prompt, *turns[1].options[0]] == whole
 
 
 @pytest.mark.parametrize(

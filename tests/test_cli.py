@@ -553,8 +553,8 @@ def test_extra_args_reach_both_arms_and_may_not_contradict(run: Run, small: list
     code, _, err = run(*command, "--lora_alpha", 16, "--extra_args", "--lora-alpha", 8)
     assert code == 2
     assert "--extra_args gives --lora_alpha 8.0, which contradicts --lora_alpha 16.0" in err
-    for own in (["--xgblora"], ["--extra_args", "--seed", "4"]):
-        code, _, err = run(*command, *own)
+    for flags in (["--xgblora"], ["--extra_args", "--seed", "4"]):
+        code, _, err = run(*command, *flags)
         assert code == 2
         assert "is set for each run of a comparison" in err
 

@@ -164,9 +164,9 @@ def test_prompts_are_as_written(name: str) -> None:
     ],
 )
 def test_options_of_rows(name: str, row: dict[str, Any], options: tuple[str, ...], correct: tuple[int, ...]) -> None:
-    found = TASKS[name].question(row)
-    assert (found.options, found.correct) == (options, correct)
-    assert found.prompt in ("It rained so", "Sentence:")
+    question = TASKS[name].question(row)
+    assert (question.options, question.correct) == (options, correct)
+    assert question.prompt in ("It rained so", "Sentence:")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -176,8 +176,8 @@ def test_option_scores_are_those_of_one_option_a_call(name: str, architecture: s
     model = build(ARCHITECTURES[architecture])
     rows = encode(TASKS[name], fixture(name)[:6], byte_tokenizer(), max_length=512)
     with torch.no_grad():
-        found = option_scores(model, build_batch(rows), normalised=True)
-        for row, scores in zip(rows, found, strict=True):
+        of_rows = option_scores(model, build_batch(rows), normalised=True)
+        for row, scores in zip(rows, of_rows, strict=True):
             for option, ours in zip(row.options, scores.tolist(), strict=False):
                 ids = torch.tensor([[*row.prompt, *option]])
                 logs = model(ids).logits[0].log_softmax(-1)
@@ -238,10 +238,10 @@ def test_lists_come_from_parquet(name: str, ending: str, tmp_path: Path) -> None
 def test_metrics_of_a_task() -> None:
     rows = [Example([1], [[2], [3]], label) for label in (1, 1, 0, 0, 1)]
     chosen = [1, 0, 0, 1, 1]  # of three right answers two are found, beside a wrong one
-    found = Evaluation(accuracy(rows, chosen), 1.0, chosen)
-    assert score("accuracy", rows, found) == pytest.approx(3 / 5)
-    assert score("f1", rows, found) == pytest.approx(2 / 3)
-    assert score("macro_f1", rows, found) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    evaluation = Evaluation(accuracy(rows, chosen), 1.0, chosen)
+    assert score("accuracy", rows, evaluation) == pytest.approx(3 / 5)
+    assert score("f1", rows, evaluation) == pytest.approx(2 / 3)
+    assert score("macro_f1", rows, evaluation) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_any_correct_option_counts() -> None:

@@ -83,19 +83,19 @@ WRITERS = {"jsonl": as_jsonl, "csv": as_csv, "parquet": as_parquet}
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
     """Some bytes more, fewer, or others."""
-    found = bytearray(content)
+    changed = bytearray(content)
     for _ in range(draw.choice((0, 0, 1, 2, 10))):
-        place = draw.randrange(len(found) + 1)
+        place = draw.randrange(len(changed) + 1)
         how = draw.randrange(4)
         if how == 0:
-            found[place:place] = draw.choice(BYTES)
+            changed[place:place] = draw.choice(BYTES)
         elif how == 1:
-            del found[place : place + draw.randrange(1, 20)]
-        elif how == 2 and found:
-            found[place % len(found)] = draw.randrange(256)
+            del changed[place : place + draw.randrange(1, 20)]
+        elif how == 2 and changed:
+            changed[place % len(changed)] = draw.randrange(256)
         else:
-            found = found[:place]
-    return bytes(found)
+            changed = changed[:place]
+    return bytes(changed)
 
 
 def one_line(error: XgbloraError) -> None:

@@ -38,10 +38,10 @@ def test_what_two_and_three_layers_take_says_what_nine_do(name: str, trainer: st
 def test_check_names_the_memory(model_folder: Path, data_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = f"--model_name {model_folder} --data_dir {data_folder} --task_name SST2 --num_train 40 --use_cpu true"
     assert main(["check", *flags.split()]) == 0
-    said = capfd.readouterr()
-    assert "Memory, predicted: " in said.out
-    assert "rows of up to " in said.out
-    assert "profiler" not in said.err  # which torch's C++ would write
+    printed = capfd.readouterr()
+    assert "Memory, predicted: " in printed.out
+    assert "rows of up to " in printed.out
+    assert "profiler" not in printed.err  # which torch's C++ would write
 
 
 def test_check_refuses_what_does_not_fit_without_loading_it(

@@ -18,14 +18,14 @@ from xgblora.learn.schedule import Patience, PatienceState, Schedule, resolve
 
 def merges(schedule: Schedule, losses: list[float] | None = None, stops: frozenset[int] = frozenset()) -> list[int]:
     """The steps of the merges; after each of ``stops`` all that is known comes from a file."""
-    state, found = PatienceState(), []
+    state, steps = PatienceState(), []
     for step in range(1, schedule.total_steps + 1):
         if step - 1 in stops:
             state = PatienceState(**json.loads(json.dumps(state._asdict())))
         state, reason = schedule.observe(state, step, losses[step - 1] if losses else 1.0)
         if reason:
-            found.append(step)
-    return found
+            steps.append(step)
+    return steps
 
 
 def config(**flags: object) -> RunConfig:

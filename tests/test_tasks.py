@@ -21,8 +21,8 @@ def task(*options: str) -> Task:
 @pytest.mark.parametrize("name", ["SST2", "sst2", "RottenTomatoes"])
 def test_prompts_are_as_documented(name: str) -> None:
     column = "text" if name == "RottenTomatoes" else "sentence"
-    found = get_task(name).question({column: " a lovely film \n", "label": 1})
-    assert found == Question("a lovely film It was", (" terrible", " great"), (1,), null_prompt="It was")
+    question = get_task(name).question({column: " a lovely film \n", "label": 1})
+    assert question == Question("a lovely film It was", (" terrible", " great"), (1,), null_prompt="It was")
 
 
 def test_braces_and_quotes_in_a_text_are_text() -> None:
@@ -53,10 +53,10 @@ def test_long_prompts_lose_their_beginning_with_one_counted_warning(log_lines: L
         {"sentence": "ab", "label": 1},
         {"sentence": "9" * 40, "label": 1},
     ]
-    found = encode(SST2, rows, tokenizer, 20)
-    assert [len(e.prompt) + 1 for e in found] == [20, 10, 20]
-    assert tokenizer.decode(found[0].prompt) == "890123456789 It was"
-    assert tokenizer.decode(found[0].prompt).endswith("456789 It was")
+    encoded = encode(SST2, rows, tokenizer, 20)
+    assert [len(e.prompt) + 1 for e in encoded] == [20, 10, 20]
+    assert tokenizer.decode(encoded[0].prompt) == "890123456789 It was"
+    assert tokenizer.decode(encoded[0].prompt).endswith("456789 It was")
     assert log_lines.lines == ["2 of 3 prompts were longer than 20 tokens with their options and lost their beginning"]
 
 
@@ -67,11 +67,11 @@ def test_a_first_special_token_survives_the_cut() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    found = encode(SST2, [{"sentence": "long " * 20, "label": 0}], tokenizer, 20)[0]
-    assert len(found.prompt) == 19
-    assert found.prompt[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(found.prompt[1:]).endswith("long It was")
-    assert [len(option) for option in found.options] == [1, 1], "options must not begin with the special token"
+    example = encode(SST2, [{"sentence": "long " * 20, "label": 0}], tokenizer, 20)[0]
+    assert len(example.prompt) == 19
+    assert example.prompt[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(example.prompt[1:]).endswith("long It was")
+    assert [len(option) for option in example.options] == [1, 1], "options must not begin with the special token"
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_demonstrations_stand_answered_in_front(log_lines: LogLines) -> None:
     shown = [{"sentence": "fine", "label": 1}, {"sentence": "poor", "label": 0}]
     rows = [{"sentence": "so so", "label": 1}, {"sentence": "long " * 4, "label": 0}]
     plain = encode(SST2, rows, tokenizer, 128)
-    found = encode(SST2, rows, tokenizer, 128, demonstrations=shown)
+    encoded = encode(SST2, rows, tokenizer, 128, demonstrations=shown)
     before = "fine It was great\n\npoor It was terrible\n\n"
-    assert [tokenizer.decode(e.prompt) for e in found] == [before + tokenizer.decode(e.prompt) for e in plain]
-    assert [(e.options, e.label) for e in found] == [(e.options, e.label) for e in plain]
+    assert [tokenizer.decode(e.prompt) for e in encoded] == [before + tokenizer.decode(e.prompt) for e in plain]
+    assert [(e.options, e.label) for e in encoded] == [(e.options, e.label) for e in plain]
     assert not log_lines.lines
     # Only whole ones, and as many as fit: the longer row has room for one.
     tight = encode(SST2, rows, tokenizer, 43, demonstrations=shown)
@@ -139,8 +139,8 @@ def test_samples_are_disjoint_and_follow_their_seed() -> None:
 
 def test_a_small_train_split_is_shared_out_with_a_warning(log_lines: LogLines) -> None:
     pool = Dataset.from_list([{"sentence": str(i), "label": i % 2} for i in range(30)])
-    found = sample({"train": pool, "test": pool}, 100, 50, 10, 0)
-    assert (len(found.train), len(found.dev)) == (18, 12)
+    samples = sample({"train": pool, "test": pool}, 100, 50, 10, 0)
+    assert (len(samples.train), len(samples.dev)) == (18, 12)
     assert log_lines.containing("fewer than the 100 + 50 asked for: 18 train and 12 dev rows are used")
     assert len(sample({"train": pool, "test": pool}, 100, 5, 10, 0).dev) == 5, "as asked for, where it is small"
 
@@ -157,9 +157,9 @@ def test_rotten_tomatoes_is_real_balanced_and_split() -> None:
 def test_options_are_single_tokens_of_smollm2() -> None:
     _, tokenizer = load_model()
     rows = load_splits(TASKS["RottenTomatoes"])["test"].select(range(200))
-    found = encode(TASKS["RottenTomatoes"], rows, tokenizer, 2048)
-    assert found[0].options == [[13321], [1109]]
-    assert 24 < sum(len(e.prompt) for e in found) / 200 < 30
+    encoded = encode(TASKS["RottenTomatoes"], rows, tokenizer, 2048)
+    assert encoded[0].options == [[13321], [1109]]
+    assert 24 < sum(len(e.prompt) for e in encoded) / 200 < 30
 
 
 def test_the_hubs_sst2_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,10 @@ class Ledger:
 def start_from(ledger: Ledger, folder: str | Path) -> int:
     """Make every rank of a PEFT LoRA a booster of an empty ledger, in front of the pair in training.
 
+    Args:
+        ledger: Of adapters on the layers that the LoRA adapts.
+        folder: As PEFT saved it.
+
     Returns:
         How many there are.
 

@@ -80,9 +80,20 @@ def evaluate_stages(
     batch_size: int = 8,
     progress: str | None = None,
 ) -> list[Evaluation]:
-    """The same with the first 0, 1, ... boosters and with all (the last is the pair in training), in one pass.
+    """Evaluate the base with its first 0, 1, ... boosters and with all (the last is the pair in training), in one pass.
 
     What lies below the lowest layer that trains is computed once for all stages, where no booster adds to it.
+
+    Args:
+        adapters: With their boosters.
+        examples: At least one.
+        loss: As in :func:`evaluate`.
+        batch_size: As in :func:`evaluate`.
+        progress: As in :func:`evaluate`.
+
+    Example::
+
+        [stage.accuracy for stage in evaluate_stages(ledger.adapters, rows)]
     """
     _require_rows(examples)
     stages = [partial(adapters.first, count) for count in range(adapters.boosters + 2)]

@@ -69,7 +69,14 @@ class Predictor(ExitStack):
 def predict(model: PreTrainedModel | Base, tokenizer: Tokenizer, task: Task | Chat, rows: Sequence[Row]) -> list[str]:
     """Predict some rows once; :class:`Predictor` keeps the model ready for more.
 
-    Raises as :class:`Predictor` does.
+    Args:
+        model: As :class:`Predictor` takes it.
+        tokenizer: As :class:`Predictor` takes it.
+        task: As :class:`Predictor` takes it.
+        rows: Rows or texts.
+
+    Raises:
+        XgbloraError: As :class:`Predictor` does.
 
     Example::
 

@@ -53,7 +53,16 @@ READY: dict[str, RewardFunction] = {"accuracy": accuracy, "exact_match": exact_m
 
 
 def length_penalised(function: RewardFunction, per_word: float) -> RewardFunction:
-    """``function`` less ``per_word`` for every word of the completion."""
+    """Subtract something from a reward for every word of the completion.
+
+    Args:
+        function: The reward.
+        per_word: What a word costs.
+
+    Example:
+        >>> length_penalised(lambda prompt, completion, example: 1.0, 0.1)("", "two words", Example([1], [[2]], 0))
+        0.8
+    """
 
     def penalised(prompt: str, completion: str, example: Example) -> float:
         return function(prompt, completion, example) - per_word * len(completion.split())

@@ -20,7 +20,18 @@ TASKS = _of_the_package()
 
 
 def get_task(name: str) -> Task:
-    """The task of that name (case does not matter). Raises :class:`XgbloraError` for an unknown one."""
+    """Look a task of the package up.
+
+    Args:
+        name: Case does not matter; ``xgblora tasks`` lists them.
+
+    Raises:
+        XgbloraError: There is none of that name.
+
+    Example:
+        >>> get_task("sst2").options
+        ('terrible', 'great')
+    """
     for known, task in TASKS.items():
         if known.lower() == name.lower():
             return task

@@ -56,17 +56,17 @@ class Chat:
         return {self.columns[0]: [{"role": "user", "content": row}]} if isinstance(row, str) else row
 
     def _turns(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        found = self._compiled(columns_seen(row, self.columns))
-        if not isinstance(found, (list, tuple)) or not found:
-            raise XgbloraError(f"its messages are no list of messages, but {str(found)[:60]!r}")
-        for place, message in enumerate(found, start=1):
+        messages = self._compiled(columns_seen(row, self.columns))
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise XgbloraError(f"its messages are no list of messages, but {str(messages)[:60]!r}")
+        for place, message in enumerate(messages, start=1):
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise XgbloraError(f"message {place} has no role and content, but is {str(message)[:60]!r}")
             if message["role"] not in ROLES:
                 raise XgbloraError(f"message {place} is of role {message['role']!r}, not of {', '.join(ROLES)}")
             if not isinstance(message["content"], str) or not message["content"].strip():
                 raise XgbloraError(f"message {place} says nothing")
-        return [{"role": message["role"], "content": message["content"]} for message in found]
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
 
     def encode(
         self,
@@ -95,12 +95,14 @@ class Chat:
                     examples.append(Example(_ids(tokenizer, turns, True)[-room:], [], 0, row=row))
                 for place, turn in enumerate(turns):
                     if answered and turn["role"] == "assistant":
-                        prompt, said = _turn(tokenizer, turns[: place + 1])
-                        room = max_length - max(len(said), self.generation.max_new_tokens)
+                        prompt, turn_ids = _turn(tokenizer, turns[: place + 1])
+                        room = max_length - max(len(turn_ids), self.generation.max_new_tokens)
                         if room < 1:
                             raise XgbloraError(f"message {place + 1} leaves no room for a prompt within {max_length}")
                         reference = (turn["content"].strip(),)
-                        examples.append(Example(prompt[-room:], [said], 0, score_prompt, references=reference, row=row))
+                        examples.append(
+                            Example(prompt[-room:], [turn_ids], 0, score_prompt, references=reference, row=row)
+                        )
         return examples
 
 

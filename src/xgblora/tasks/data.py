@@ -43,7 +43,19 @@ def data_files(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, P
 
 
 def load_splits(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, Dataset]:
-    """The splits of a task, from ``data_dir`` where one is given. Raises :class:`XgbloraError` on unusable data."""
+    """Load the rows of a task, by split.
+
+    Args:
+        task: Says where its rows are, and which columns they have.
+        data_dir: A folder with train and validation (and test) files to read instead.
+
+    Raises:
+        XgbloraError: The data cannot be had, or a row makes no question; the message names file and row.
+
+    Example::
+
+        load_splits(get_task("SST2"), "my_data")["train"]
+    """
     if files := data_files(task, data_dir):
         return {split: _read_file(file, task) for split, file in files.items()}
     source = task.source
@@ -71,9 +83,19 @@ def sample(
 ) -> Samples:
     """Draw a run's rows.
 
-    Train and dev rows are the first and the next rows of one permutation of the train split by ``train_set_seed``;
-    where it has too few, dev gets MOST_DEV of them at most, or what train leaves. Eval rows are drawn by a fixed seed,
-    equal for all runs.
+    Args:
+        splits: From :func:`load_splits`.
+        num_train: Rows to train on: the first ones of a permutation of the train split.
+        num_dev: Development rows: the next ones. Where the split has too few, they are MOST_DEV of it at most, or what
+            training leaves.
+        num_eval: Rows of the test (else validation) split, drawn by a fixed seed, equal for all runs.
+        train_set_seed: Decides the permutation.
+
+    Example:
+        >>> rows = Dataset.from_dict({"label": list(range(10))})
+        >>> samples = sample({"train": rows, "test": rows}, num_train=4, num_dev=2, num_eval=3)
+        >>> len(samples.train), len(samples.dev), len(samples.eval), samples.eval_split
+        (4, 2, 3, 'test')
     """
     train = splits["train"]
     if len(train) < num_train + num_dev:
@@ -111,18 +133,18 @@ def _files_of(folder: Path) -> dict[str, Path]:
     """The data files in a folder, by split."""
     if not folder.is_dir():
         raise XgbloraError(f"the data folder {folder} does not exist")
-    found = {}
+    chosen = {}
     for split in SPLITS:
         files = [path for ending in READERS if (path := folder / f"{split}{ending}").is_file()]
         if len(files) > 1:
             raise XgbloraError(f"{folder} has several {split} files ({', '.join(f.name for f in files)}): keep one")
         if files:
-            found[split] = files[0]
-    if "train" not in found:
+            chosen[split] = files[0]
+    if "train" not in chosen:
         raise XgbloraError(f"{folder} has no train file (train.jsonl, train.csv or train.parquet)")
-    if len(found) == 1:
+    if len(chosen) == 1:
         raise XgbloraError(f"{folder} has neither a test nor a validation file to evaluate on (.jsonl, .csv, .parquet)")
-    return found
+    return chosen
 
 
 def _read_file(path: Path, task: Task | Chat) -> Dataset:

@@ -28,14 +28,30 @@ def encode(
     answered: bool = True,
     demonstrations: Iterable[Mapping[str, Any]] = (),
 ) -> list[Example]:
-    """Tokenise rows of ``task`` to examples of at most ``max_length`` tokens, prompt and longest option together.
+    """Tokenise rows of a task.
 
-    Longer prompts lose tokens on the left (special first tokens stay), and one warning counts them. Raises
-    :class:`XgbloraError` for rows that make no question, and for options that have no tokens, that are equal, or that
-    leave no room for a prompt; it names the row, counted from 1. Rows that are not ``answered`` get label 0.
+    Args:
+        task: How a row becomes a question.
+        rows: With the columns that the task needs.
+        tokenizer: The model's.
+        max_length: Tokens of prompt and longest option together, at most. Longer prompts lose tokens on the left
+            (special first tokens stay), and one warning counts them.
+        score_prompt: Count the prompt's own tokens in losses, too.
+        answered: Whether the rows say their answers; without, they get label 0.
+        demonstrations: Rows that stand, answered, in front of each prompt, for learning in context (Brown et al. 2020);
+            as many of the first of them as fit with it, an empty line after each.
 
-    ``demonstrations``: rows that stand, answered, in front of each prompt, for learning in context (Brown et al. 2020);
-    as many of the first of them as fit with it, an empty line after each.
+    Returns:
+        An example for each row; of conversations one for each of the assistant's turns.
+
+    Raises:
+        XgbloraError: A row makes no question, or its options have no tokens, are equal, or leave no room for a prompt.
+            The message names the row, counted from 1.
+
+    Example::
+
+        task = get_task("RottenTomatoes")
+        encode(task, [{"text": "a warm film", "label": 1}], tokenizer, max_length=256)
     """
     if isinstance(task, Chat):
         if list(demonstrations):
@@ -80,17 +96,17 @@ def _in_context(questions: list[Question], shown: list[str], tokenizer: Tokenize
     """Each question after as many of the texts ``shown`` as fit, with a warning where that is not all of them."""
     longest = [question.prompt + max(question.options, key=len, default="") for question in questions]
     ends = list(accumulate(map(len, tokenizer(shown)["input_ids"]), initial=0))
-    found, least = [], len(shown)
+    prompted, least = [], len(shown)
     for question, ids in zip(questions, tokenizer(longest)["input_ids"], strict=True):
         count = max(number for number, end in enumerate(ends) if not number or end + len(ids) <= max_length)
         least = min(least, count)
-        found.append(replace(question, prompt="".join(shown[:count]) + question.prompt))
+        prompted.append(replace(question, prompt="".join(shown[:count]) + question.prompt))
     if least < len(shown):
         logger.warning(
             "not all of the %d demonstrations fit within %d tokens: prompts have %d or more of them",
             *(len(shown), max_length, least),
         )
-    return found
+    return prompted
 
 
 def _options(questions: list[Question], prompts: list[list[int]], tokenizer: Tokenizer) -> list[list[list[int]]]:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import yaml
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, one_line
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.data import READERS
 from xgblora.tasks.task import SPLITS, Generation, Hub, Metric, Source, Task
@@ -25,29 +25,36 @@ CHAT_KEYS = ("name", "chat", "generate", "metric", "num_dev")
 
 
 def load_task(path: str | Path) -> Task | Chat:
-    """The task that a YAML file describes; docs/tasks.md lists its keys.
+    """Read a task from a YAML file. All values are read as text, so that an option may be ``Yes`` or ``1``.
 
-    All values are read as text, so that an option may be ``Yes`` or ``1``. Raises :class:`XgbloraError` for a file
-    that describes no task.
+    Args:
+        path: The file; docs/tasks.md lists its keys.
+
+    Raises:
+        XgbloraError: The file describes no task.
+
+    Example::
+
+        load_task("examples/own_data/packages.yaml").options  # ('games', 'science', 'sound')
     """
     path = Path(path)
     try:
-        said = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-        return _task(said, path)
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+        return _task(content, path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error, 1000)
         raise XgbloraError(f"cannot read the task file {path}: {reason}") from error
     except XgbloraError as error:
         raise XgbloraError(f"task file {path}: {error}") from error
 
 
-def _task(said: Any, path: Path) -> Task | Chat:
-    if not isinstance(said, dict):
+def _task(content: Any, path: Path) -> Task | Chat:
+    if not isinstance(content, dict):
         raise XgbloraError("it says nothing of the form 'key: value'")
-    for key in said:
+    for key in content:
         if key not in KEYS:
             raise XgbloraError(f"unknown key {key!r}: choose from {', '.join(KEYS)}")
-    values = dict(said)
+    values = dict(content)
     if "chat" in values:
         return _chat(values, path)
     if "generate" in values:
@@ -84,10 +91,10 @@ def _chat(values: dict[str, Any], path: Path) -> Chat:
     if "num_dev" in values:
         values["num_dev"] = _whole("num_dev", values["num_dev"])
     if "generate" in values:
-        said = values.pop("generate")
-        if not isinstance(said, dict) or said.keys() != {"max_new_tokens"}:
+        content = values.pop("generate")
+        if not isinstance(content, dict) or content.keys() != {"max_new_tokens"}:
             raise XgbloraError("generate of a chat says max_new_tokens; the model's own end of a turn stops it")
-        values["generation"] = Generation(_whole("max_new_tokens", said["max_new_tokens"]), stop="")
+        values["generation"] = Generation(_whole("max_new_tokens", content["max_new_tokens"]), stop="")
     _check_metric(values)
     source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
     return Chat(messages=values.pop("chat"), source=source, **({"name": path.stem} | values))
@@ -98,10 +105,14 @@ def _check_metric(values: dict[str, Any]) -> None:
         raise XgbloraError(f"metric {values['metric']!r} is not known: choose from {', '.join(get_args(Metric))}")
 
 
-def _generation(said: Any) -> Generation:
-    if not isinstance(said, dict) or not said.keys() <= {"max_new_tokens", "stop"} or not said.get("stop", "."):
+def _generation(content: Any) -> Generation:
+    if (
+        not isinstance(content, dict)
+        or not content.keys() <= {"max_new_tokens", "stop"}
+        or not content.get("stop", ".")
+    ):
         raise XgbloraError("generate says max_new_tokens and stop, the text that ends an answer")
-    values = dict(said)
+    values = dict(content)
     if "max_new_tokens" in values:
         values["max_new_tokens"] = _whole("max_new_tokens", values["max_new_tokens"])
     return Generation(**values)

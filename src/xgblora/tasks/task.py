@@ -121,10 +121,10 @@ class Task:
     @cached_property
     def _asking(self) -> set[str]:
         """Those of the prompt and the options."""
-        found = set().union(*map(columns_of, (self.prompt, self.null_prompt, self.option))) - {"option"}
+        columns = set().union(*map(columns_of, (self.prompt, self.null_prompt, self.option))) - {"option"}
         if isinstance(self.options, str):
-            return found | columns_of_expression(self.options)
-        return found.union(*map(columns_of, self.options))
+            return columns | columns_of_expression(self.options)
+        return columns.union(*map(columns_of, self.options))
 
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or the row that a text stands for."""
@@ -137,17 +137,17 @@ class Task:
     @cached_property
     def _compiled(self) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
         """Each template and expression as a function of a row's columns. Raises :class:`XgbloraError` for bad ones."""
-        found: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        compiled: dict[str, Callable[[Mapping[str, Any]], Any]] = {
             field: Compiled(field, self.name, text)
             for field, text in (("prompt", self.prompt), ("option", self.option), ("null_prompt", self.null_prompt))
         }
-        found["answer"] = Compiled("answer", self.name, self.answer, expression=True)
+        compiled["answer"] = Compiled("answer", self.name, self.answer, expression=True)
         if isinstance(self.options, str):
-            found["options"] = Compiled("options", self.name, self.options, expression=True)
+            compiled["options"] = Compiled("options", self.name, self.options, expression=True)
         else:
             templates = [Compiled("options", self.name, text) for text in self.options]
-            found["options"] = lambda columns: [template(columns) for template in templates]
-        return found
+            compiled["options"] = lambda columns: [template(columns) for template in templates]
+        return compiled
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raise :class:`XgbloraError` for a row that makes no question."""

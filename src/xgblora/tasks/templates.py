@@ -56,11 +56,11 @@ class Compiled:
     def __call__(self, columns: Mapping[str, Any]) -> Any:
         """Its value for :func:`columns_seen` of a row. Raises :class:`XgbloraError` where it has none."""
         try:
-            found = self._call(**columns)
-            for one in found if isinstance(found, (list, tuple)) else (found,):
+            value = self._call(**columns)
+            for one in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(one, Undefined):
                     str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
-            return found
+            return value
         except XgbloraError:
             raise
         except Exception as error:  # a template may fail in any way that Python can
