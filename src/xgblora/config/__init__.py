@@ -4,6 +4,7 @@ from xgblora.config.describe import banner, idle_flags, notes, warn_rank
 from xgblora.config.flag import flag
 from xgblora.config.flags import EMBEDDED_MODEL, UNSUPPORTED
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
+from xgblora.config.rules import too_few_rows
 from xgblora.config.run_config import RunConfig
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "flag",
     "idle_flags",
     "notes",
+    "too_few_rows",
     "warn_rank",
     "without_idle_flags",
 ]

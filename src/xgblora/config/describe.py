@@ -36,7 +36,7 @@ def notes(config: Any) -> list[str]:
             f"--zo_eps {config.zo_eps:g} is short for bfloat16: rounding may be larger than the difference of the two "
             "probes (measured: 2.7 times at 1e-3, 0.3 times at 1e-2); lengthen it or load the base in float32"
         )
-    if config.recipe == "boost" and config.given("eval_steps"):
+    if config.recipe == "boost" and config.asked["eval_steps"] not in (None, 1):
         lines.append("--eval_steps has no effect with --recipe boost: every booster is evaluated")
     return lines
 

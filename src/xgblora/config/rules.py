@@ -68,8 +68,8 @@ def _contradictions(config: Any) -> Iterator[str]:
         yield "--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one"
     if config.recipe == "boost" and config.trainer == "regular":
         yield "--recipe boost needs no gradient: leave out --trainer regular"
-    if config.recipe == "boost" and config.trainer != "none":
-        yield from too_few_rows(config, config.train_rows)
+    if message := too_few_rows(config, config.train_rows):
+        yield message
     if config.early_stopping_boosters and config.load_best_model_at_end:
         yield "--early_stopping_boosters and --load_best_model_at_end both choose what to keep"
     if config.num_dev == 0 and (
@@ -84,11 +84,12 @@ def _contradictions(config: Any) -> Iterator[str]:
             yield "--xgblora_max_steps_per_adapter is below --xgblora_min_steps_per_adapter"
 
 
-def too_few_rows(config: Any, rows: int) -> Iterator[str]:
-    """Why recipe boost cannot be trained on so many rows, where it cannot."""
+def too_few_rows(config: Any, rows: int) -> str | None:
+    """Why so many training rows do not suffice for recipe boost; None where they do."""
     searched = config.boost_searched(rows)
-    if rows - searched < 2:
-        yield (
-            f"--recipe boost fits boosters on at least 2 examples and finds their step lengths on 1 or more, got "
-            f"{rows} training rows, of which {searched} are set aside: raise --num_train"
-        )
+    if config.recipe != "boost" or config.trainer == "none" or rows - searched >= 2:
+        return None
+    return (
+        f"--recipe boost fits boosters on at least 2 examples and finds their step lengths on 1 or more, got {rows} "
+        f"training rows, of which {searched} are set aside: raise --num_train"
+    )

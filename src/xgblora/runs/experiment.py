@@ -47,9 +47,7 @@ class ExperimentConfig(RunConfig):
     in_context_examples: int = flag(
         8, "Method in-context: answered examples in front of every prompt, drawn by the seed from the training rows."
     )
-    skip_completed: bool = flag(
-        False, "Go on with a broken comparison: keep finished runs, resume the unfinished one."
-    )
+    skip_completed: bool = flag(False, "Go on with a broken comparison: keep finished runs, resume the unfinished one.")
     loss_figure_path: str | None = flag(
         None, "Default: loss.png in the folder.", aliases=("--loss_figure", "--loss-figure")
     )
@@ -66,7 +64,9 @@ class ExperimentConfig(RunConfig):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise XgbloraError(f"--seeds must be different numbers of 0 or more, got {self.seeds}")
         if len(set(self.methods)) != len(self.methods) or not set(self.methods) <= set(METHODS):
-            raise XgbloraError(f"--methods must be different ones of {', '.join(METHODS)}, got {' '.join(self.methods)}")
+            raise XgbloraError(
+                f"--methods must be different ones of {', '.join(METHODS)}, got {' '.join(self.methods)}"
+            )
         super().__post_init__()
 
     @property
@@ -130,7 +130,9 @@ def experiment(config: ExperimentConfig) -> Result:
     for note in idle_notes(config, runs):
         logger.info("Note: %s", note)
     # Neither a fit, whose step length undoes the scaling, nor what is not trained.
-    scalings = {configured.scaling for configured in runs if configured.recipe == "classic" and configured.trainer != "none"}
+    scalings = {
+        configured.scaling for configured in runs if configured.recipe == "classic" and configured.trainer != "none"
+    }
     if len(scalings) > 1:
         logger.warning(
             "The methods differ in scaling (alpha/r: %s) and so in step size: --lora_rank 1 compares alike",

@@ -159,9 +159,7 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, stop: StopAt
     } | {f"forward_{name}": value for name, value in vars(trainer.cost).items()}
 
 
-def _reached(
-    config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, Evaluation | None]
-) -> dict[str, Any]:
+def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, Evaluation | None]) -> dict[str, Any]:
     """What a run reached, and on what."""
     (final, dev), (zero_shot, _) = scores, workspace.zero_shot(config)
     method: str = "boost" if config.recipe == "boost" else config.method
@@ -190,7 +188,9 @@ def _reached(
     evaluations = ("", workspace.eval, final), ("zero_shot_", workspace.eval, zero_shot), ("dev_", workspace.dev, dev)
     if (metric := workspace.task.metric) != "accuracy":
         reached["metric"] = metric
-        reached |= {f"{name}score": evaluation and score(metric, rows, evaluation) for name, rows, evaluation in evaluations}
+        reached |= {
+            f"{name}score": evaluation and score(metric, rows, evaluation) for name, rows, evaluation in evaluations
+        }
     if (reward := workspace.reward) is not None:
         for name, rows, evaluation in evaluations:
             reached[f"{name}reward"] = evaluation and reward.mean(rows, evaluation.predictions, evaluation.texts)

@@ -124,14 +124,19 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    folders = (folder for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() and _step(folder) >= 0)
+    return sorted(folders, key=_step)
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run; None where it has none at all.
 
     A warning names the file of a newer one that is damaged. Raises :class:`XgbloraError` where no checkpoint is whole.
     """
-    checkpoints = sorted(run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
     damage = ""
-    for folder in reversed([folder for folder in checkpoints if folder.is_dir() and _step(folder) >= 0]):
+    for folder in reversed(checkpoints(run)):
         try:
             verify(folder)
         except XgbloraError as error:

@@ -1,0 +1,101 @@
+"""What a run learned in the formats that other tools take: PEFT, a whole model, llama.cpp's adapter."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+
+from xgblora.adapters.boosters import load_adapters
+from xgblora.adapters.export import fold, write_gguf
+from xgblora.adapters.files import LEDGER
+from xgblora.base import load_model
+from xgblora.config import flag
+from xgblora.errors import XgbloraError
+from xgblora.files import read_json, sealed_folder
+from xgblora.runs.folder import ADAPTER, CONFIG
+
+logger = logging.getLogger(__name__)
+
+MOST_ROUNDING = 0.1
+"""A merged model whose cast loses more than this share of the update is refused."""
+
+
+@dataclass
+class ExportConfig:
+    """The flags of ``export``."""
+
+    format: Literal["peft", "merged", "gguf-lora"] = flag(
+        "peft",
+        "peft: an adapter for PeftModel.from_pretrained and vLLM; merged: a whole model with the boosters folded in; "
+        "gguf-lora: an adapter file for llama.cpp (--lora).",
+    )
+    boosters: int | None = flag(None, "Only the first so many boosters; default: all.")
+    output: str | None = flag(None, "Folder (or .gguf file) to write; default: beside the run's adapter.")
+    model_name: str | None = flag(None, "Base model, where it has moved since the run.")
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Precision of a merged model.")
+    force: bool = flag(False, "Write a merged model even where the cast loses much of the update.")
+
+
+def export(run: Path, config: ExportConfig) -> Path:
+    """Write what a run learned.
+
+    Args:
+        run: The run's folder, or an adapter's.
+        config: Format and place.
+
+    Returns:
+        The folder or file written.
+
+    Raises:
+        XgbloraError: There is no run, fewer boosters than asked for, no room for the format, or something stands at
+            the place of the output already.
+    """
+    adapter = run / ADAPTER if (run / ADAPTER / LEDGER).is_file() else run
+    if not (adapter / LEDGER).is_file():
+        raise XgbloraError(f"{run} holds no finished run: {run / ADAPTER / LEDGER} is missing")
+    if config.format not in ("peft", "merged", "gguf-lora"):
+        raise XgbloraError(f"--format must be peft, merged or gguf-lora, got {config.format}")
+    if config.boosters is not None and config.boosters < 1:
+        raise XgbloraError(f"--boosters must be at least 1, got {config.boosters}")
+    default = run / (f"{config.format}.gguf" if config.format == "gguf-lora" else config.format)
+    output = Path(config.output) if config.output else default
+    if output.exists():
+        raise XgbloraError(f"{output} exists: choose another --output")
+    # In float32: folded and written from the original weights.
+    model, tokenizer = load_model(
+        config.model_name or _base_name(run, adapter), trust_remote_code=config.trust_remote_code
+    )
+    ledger = load_adapters(model, adapter)
+    if config.boosters is not None:
+        ledger.truncate(config.boosters)
+    if config.format == "merged":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        lost = fold(ledger.adapters, dtype)
+        logger.info("The cast to %s loses %.2g of the update", config.dtype, lost)
+        if lost > MOST_ROUNDING and not config.force:
+            raise XgbloraError(
+                f"cast to {config.dtype}, the weights would lose {lost:.0%} of the update: export --dtype float32 or "
+                "--format peft, or --force it"
+            )
+        with sealed_folder(output, ledger.fingerprint) as work:
+            model.to(dtype).save_pretrained(work)
+            tokenizer.save_pretrained(work)
+    elif config.format == "gguf-lora":
+        write_gguf(ledger.adapters, output)
+    else:
+        ledger.save(output)
+    return output
+
+
+def _base_name(run: Path, adapter: Path) -> str:
+    """The base model that an adapter was trained on."""
+    if (run / CONFIG).is_file():
+        return str(read_json(run / CONFIG)["model_name"])
+    name = LoraConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not name:
+        raise XgbloraError(f"{adapter} does not say which base model it belongs to: give --model_name")
+    return str(name)

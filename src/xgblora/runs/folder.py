@@ -1,0 +1,119 @@
+"""The folder of a run: whether it is this run's, what it holds, and how it is made ready."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from xgblora.adapters.files import LEDGER
+from xgblora.config import RunConfig, differences
+from xgblora.errors import XgbloraError
+from xgblora.files import PART, digest, read_json, remove_parts, write_json
+from xgblora.learn.rewards import reward_file
+from xgblora.report import METRICS, RunResult
+from xgblora.tasks import Chat, Task, data_files, get_task, load_task
+from xgblora.training.checkpoints import checkpoints
+from xgblora.training.interruption import LOCK, alone_in
+from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+ADAPTER = "adapter"
+STATE = "trainer_state.json"
+DIGESTS = "sha256"
+"""The entry of ``config.json`` with the digests of the files that a run reads."""
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The folder of a run."""
+    return Path(str(config.output_dir))
+
+
+def task_of(config: RunConfig) -> Task | Chat:
+    """The task of a run: of its file, else of its name."""
+    return load_task(config.task_file) if config.task_file else get_task(config.task_name)
+
+
+def contents(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of each local file that decides, beside the settings, what a run computes: task, data, reward."""
+    data = data_files(task_of(config), config.data_dir)
+    files = {f"the {split} data ({file.name})": file for split, file in data.items()}
+    if config.task_file:
+        files["--task_file"] = Path(config.task_file)
+    if config.reward and (module := reward_file(config.reward)):
+        files["--reward"] = module
+    return {what: digest(file) for what, file in files.items() if file.is_file()}
+
+
+def finished_result(config: RunConfig) -> RunResult | None:
+    """The result of this very run, where its folder holds it. Raises as :func:`require_ours` does."""
+    folder = folder_of(config)
+    if config.overwrite_output_dir or not (folder / METRICS).is_file():
+        return None
+    require_ours(config)
+    try:
+        return RunResult.read(folder)
+    except XgbloraError as error:
+        raise XgbloraError(f"{error}: remove it to evaluate the run again") from error
+
+
+def require_finished(run: Path) -> None:
+    """Raise :class:`XgbloraError` where a folder holds no finished run."""
+    for file in (run / CONFIG, run / ADAPTER / LEDGER):
+        if not file.is_file():
+            raise XgbloraError(f"{run} holds no finished run: {file} is missing")
+
+
+def require_ours(config: RunConfig) -> None:
+    """Raise :class:`XgbloraError` where a run may not have its folder: it holds another run, or foreign files."""
+    folder = folder_of(config)
+    if folder.exists() and not folder.is_dir():
+        raise XgbloraError(f"{folder} is a file: choose another --output_dir")
+    if config.overwrite_output_dir:
+        return
+    if not (folder / CONFIG).is_file():
+        if folder.is_dir() and any(file.name != LOCK and file.suffix != PART for file in folder.iterdir()):
+            raise XgbloraError(f"{folder} holds files of something else: choose another --output_dir")
+        return
+    try:
+        theirs = read_json(folder / CONFIG)
+    except XgbloraError as error:
+        raise XgbloraError(f"{error}: use --overwrite_output_dir to start again") from error
+    digests = theirs.pop(DIGESTS, {})
+    different = differences(theirs, config.resolved())
+    if not different:  # other settings read other files
+        now = contents(config)
+        different = [f"{what} has changed" for what in now if now[what] != digests.get(what, now[what])]
+    if different:
+        raise XgbloraError(
+            f"{folder} holds a run of another configuration ({', '.join(different[:3])}): choose another "
+            "--output_dir, or --overwrite_output_dir to replace it"
+        )
+
+
+def prepare_folder(config: RunConfig, held: ExitStack, digests: Mapping[str, str]) -> None:
+    """Make the run's folder ready for it, and write its ``config.json``.
+
+    A folder that holds an unfinished run of the same configuration is kept, to be resumed.
+
+    Args:
+        config: Of the run.
+        held: Takes the lock of a folder that has to be made.
+        digests: By :func:`contents`, of the files that were read.
+
+    Raises:
+        XgbloraError: As :func:`require_ours`; or another process is at work there.
+    """
+    folder = folder_of(config)
+    if not folder.is_dir():
+        require_ours(config)
+        held.enter_context(alone_in(folder))
+    remove_parts(folder)
+    if config.overwrite_output_dir:
+        for name in (METRICS, CONFIG, TRAINING_LOSS, EVAL_LOSS, STATE):
+            (folder / name).unlink(missing_ok=True)
+        for old in [folder / ADAPTER, *checkpoints(folder)]:
+            shutil.rmtree(old, ignore_errors=True)
+    write_json(folder / CONFIG, config.resolved() | {DIGESTS: dict(digests)})

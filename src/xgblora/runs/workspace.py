@@ -1,0 +1,137 @@
+"""What runs share: the base model, the encoded rows, and the scores before any training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+
+from xgblora.base import Base, load_model
+from xgblora.config import RunConfig, too_few_rows
+from xgblora.data.batch import Example
+from xgblora.errors import XgbloraError
+from xgblora.learn.evaluate import Evaluation, evaluate
+from xgblora.learn.generation import Writer
+from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
+from xgblora.learn.rewards import Reward, load_reward
+from xgblora.randomness import Stream, generator
+from xgblora.runs.folder import contents, task_of
+from xgblora.tasks import encode, load_splits, sample
+
+Scores = tuple[Evaluation, Evaluation | None]
+"""Of the evaluation rows and of the dev rows; None where there are none."""
+
+
+def hide_bars(config: RunConfig) -> None:
+    """With ``--disable_tqdm``, hide the bars of the libraries that read data and models, too."""
+    if config.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
+class Workspace:
+    """The base and the rows of a run, loaded once and shared by runs that want the same.
+
+    Raises:
+        XgbloraError: Model, data, task or reward cannot be had, or do not go together. Whatever can be refused
+            without the model is refused before it is loaded.
+
+    Example::
+
+        workspace = Workspace(config)
+        run(config, workspace)
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        hide_bars(config)
+        self.task = task_of(config)
+        self.contents = contents(config)
+        """SHA-256 of the files that were read."""
+        self.num_train = config.train_rows
+        self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
+        self.classification = (
+            self.task.classification if config.train_as_classification is None else config.train_as_classification
+        )
+        if self.classification and self.task.generation:
+            raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
+        function = _reward_function(config, writes=self.task.generation is not None)
+        splits = load_splits(self.task, config.data_dir)
+        self._samples = sample(splits, self.num_train, self.num_dev, config.num_eval, config.train_set_seed)
+        self.eval_split = self._samples.eval_split
+        if message := too_few_rows(config, len(self._samples.train)):
+            raise XgbloraError(message)
+
+        model, self.tokenizer = load_model(config.model_name, config.dtype, config.trust_remote_code)
+        self.base = Base(model.to(config.device))
+        writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
+        self.loss: AnswerLoss = OptionLoss() if self.classification else TextLoss(writer)
+        self.reward = None
+        if function is not None:
+            assert config.reward_completions is not None  # settled with the objective
+            self.reward = Reward(function, self.tokenizer, writer, config.reward_completions, config.reward_samples)
+        self._length = min(config.max_length, self.base.context_length or config.max_length)
+        self._score_prompt = not (self.classification or config.only_train_option or config.objective == "reward")
+        self.train, self.dev, self.eval = (
+            self._encode(rows) for rows in (self._samples.train, self._samples.dev, self._samples.eval)
+        )
+        self._zero_shot: Scores | None = None
+
+    def _encode(self, rows: Dataset, demonstrations: Sequence[Any] = ()) -> list[Example]:
+        return encode(self.task, rows, self.tokenizer, self._length, self._score_prompt, demonstrations=demonstrations)
+
+    def require_serves(self, config: RunConfig) -> None:
+        """Raise :class:`XgbloraError` where a run wants other training rows than these."""
+        wanted = config.train_rows
+        if wanted > self.num_train or (config.trainer != "none" and wanted < self.num_train):
+            raise XgbloraError(
+                f"a workspace of --num_train {self.num_train} does not serve a run of --num_train {wanted}"
+            )
+
+    def scores(
+        self, config: RunConfig, what: str, rows: tuple[Sequence[Example], Sequence[Example]] | None = None
+    ) -> Scores:
+        """Score the model as it is now.
+
+        Args:
+            config: Says how many rows at once, and whether scores are calibrated.
+            what: Name of the progress bar.
+            rows: In place of the evaluation rows and the dev rows.
+        """
+        eval_rows, dev_rows = rows or (self.eval, self.dev)
+
+        def scored(rows: Sequence[Example], name: str) -> Evaluation:
+            progress = None if config.disable_tqdm else f"{what}, {len(rows)} {name} rows"
+            return evaluate(self.base, rows, self.loss, config.per_device_eval_batch_size, progress, config.calibrated)
+
+        return scored(eval_rows, self.eval_split), scored(dev_rows, "dev") if dev_rows else None
+
+    def in_context(self, config: RunConfig) -> Scores:
+        """Score with as many training rows as the run has, answered, in front of every prompt.
+
+        Its seed draws them, and their order.
+        """
+        rows = self._samples.train
+        drawn = torch.randperm(len(rows), generator=generator(config.seed, Stream.DEMONSTRATIONS)).tolist()
+        shown = [rows[number] for number in drawn[: config.train_rows]]
+        asked = self._encode(self._samples.eval, shown), self._encode(self._samples.dev, shown)
+        return self.scores(config, f"{len(shown)} in context", asked)
+
+    def zero_shot(self, config: RunConfig) -> Scores:
+        """Score before any training, once. Fresh adapters (B = 0) change no bit of it."""
+        if self._zero_shot is None:
+            self._zero_shot = self.scores(config, "zero-shot")
+        return self._zero_shot
+
+
+def _reward_function(config: RunConfig, writes: bool) -> Any:
+    """The function that ``--reward`` names, if any."""
+    if config.reward is None:
+        return None
+    if writes and config.trainer == "zo" and config.reward_completions == "expected":
+        raise XgbloraError(
+            "--reward_completions expected would compare answers drawn twice, once for each probe, where they are "
+            "written: take greedy, or --trainer regular"
+        )
+    return load_reward(config.reward, config.reward_length_penalty)
