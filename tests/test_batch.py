@@ -67,7 +67,7 @@ def test_logits_may_be_held_part_by_part(packed: bool, score_prompt: bool, monke
 
 
 def test_a_wide_head_is_never_held_whole_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward of a bfloat16 head: what is alive at once stays within its part of the vocabulary."""
+    """Forward and backward of a bfloat16 head: no float32 copy is whole, and none waits for the backward pass."""
     model = build(ARCHITECTURES["llama"], torch.bfloat16)
     words, width = model.lm_head.weight.shape
     part = 50
@@ -84,10 +84,18 @@ def test_a_wide_head_is_never_held_whole_in_float32(monkeypatch: pytest.MonkeyPa
 
     batch = build_batch(ROWS)
     hidden = torch.randn(batch.read.numel(), width, requires_grad=True)
+    waiting: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        waiting.append(tensor.numel() if tensor.dtype == torch.float32 else 0)
+        return tensor
+
     with Watch():
-        logs = Base(model).log_probabilities(hidden, batch.target_read, batch.target)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logs = Base(model).log_probabilities(hidden, batch.target_read, batch.target)
         logs.sum().backward()
         Base(model).logits(hidden)
+    assert max(waiting) < part * width
     assert torch.Size([part, width]) in shapes
     assert torch.Size([words, width]) not in shapes
     whole = F.linear(hidden, model.lm_head.weight.float()).log_softmax(1)

@@ -13,6 +13,9 @@ import pytest
 from conftest import write_rows
 from xgblora import RunConfig, XgbloraError
 from xgblora.cli import main
+from xgblora.files import verify
+from xgblora.runs.arms import METHODS, arm
+from xgblora.runs.experiment import ExperimentConfig
 from xgblora.runs.run import run as carry_out
 from xgblora.runs.workspace import Workspace
 
@@ -571,6 +574,7 @@ def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: 
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["method"], metrics["merges"], metrics["steps"]) == ("boost", 2, 3)
     assert metrics["eval_loss"] < metrics["zero_shot_loss"]
+    assert verify(folder / "adapter")["task"] == "SST2"
     ledger = json.loads((folder / "adapter" / "ledger.json").read_text(encoding="utf-8"))
     assert [booster["evaluation"] is not None for booster in ledger["boosters"]] == [True, True]
     upper = {f"model.decoder.layers.1.{name}" for name in ("self_attn.out_proj", "fc2")}  # the upper half of two layers
@@ -792,6 +796,26 @@ def test_a_flag_that_means_nothing_to_any_arm_is_noted_once(run: Run, small: lis
     assert code == 0
     assert out.count("has no effect") == 1
     assert "Note: --xgblora_patience has no effect without --xgblora_use_adaptive_merge" in out
+
+
+def test_every_arm_keeps_the_flags_that_work_there() -> None:
+    flags: dict[str, Any] = {"lora_r": 4, "xgblora_layers": 1, "xgblora_layer_choice": "top", "zo_eps": 0.5}
+    flags |= {"lora_target_modules": ["fc2"], "boost_ridge": 2.0, "max_steps": 9, "eval_steps": 3}
+    config = ExperimentConfig(use_cpu=True, **flags)
+    lora, xgblora, boost, shown = (arm(config, method) for method in METHODS)
+    default = RunConfig(output_dir="unused", use_cpu=True)
+    assert [a.rank for a in (lora, xgblora, boost)] == [4, 1, 1]
+    assert [a.xgblora_layers for a in (lora, xgblora, boost, shown)] == [0, 1, 0, 0]
+    assert [a.xgblora_layer_choice for a in (lora, xgblora, boost)] == [None, "top", "top"]
+    assert [a.lora_target_modules for a in (lora, xgblora, boost)] == [["fc2"], ["fc2"], []]
+    assert [a.zo_eps for a in (lora, xgblora, boost, shown)] == [0.5, 0.5, default.zo_eps, default.zo_eps]
+    assert [a.boost_ridge for a in (lora, xgblora, boost)] == [default.boost_ridge, default.boost_ridge, 2.0]
+    assert [a.max_steps for a in (lora, xgblora, boost)] == [9, 9, boost.boost_boosters]
+    assert [a.eval_steps for a in (lora, xgblora, boost)] == [3, 3, 1]
+    rewarded = ExperimentConfig(use_cpu=True, reward="accuracy", reward_completions="expected", reward_samples=7)
+    for method in ("lora", "xgblora"):
+        assert arm(rewarded, method).reward_completions == "expected"
+        assert arm(rewarded, method).reward_samples == 7
 
 
 def test_flags_that_have_no_effect_do_not_make_another_run(run: Run, small: list[str], tmp_path: Path) -> None:

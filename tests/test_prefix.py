@@ -140,6 +140,14 @@ def test_kept_activations_change_no_loss(tmp_path: Path) -> None:
     assert kept == pytest.approx(without, rel=1e-3)
 
 
+def test_a_checkpoint_forgets_what_was_kept(tmp_path: Path) -> None:
+    """A run that is resumed there starts with nothing, and sums of other parts round otherwise."""
+    kept, _ = train(tmp_path / "kept", layers=TOP, max_steps=4)
+    assert kept.method.prefix.used_bytes > 0
+    saved, _ = train(tmp_path / "saved", layers=TOP, max_steps=4, save_strategy="steps", save_steps=4)
+    assert saved.method.prefix.used_bytes == 0
+
+
 def test_language_model_losses_work_too() -> None:
     adapters = attach(build(ARCHITECTURES["opt"]), layers=TOP)
     batch = build_batch(examples(4, OPTIONS))

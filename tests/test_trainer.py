@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from conftest import ARCHITECTURES, LogLines, build, examples, train
 from xgblora import DivergedError, LayerSubset, OptionLoss, RunConfig, Trainer, XgbloraError, attach
 from xgblora.files import verify
+from xgblora.learn.estimators import Key, TwoSided
 from xgblora.training.record import CurveRecorder
 
 
@@ -249,8 +250,25 @@ def test_gradient_accumulation_uses_new_directions_and_means(tmp_path: Path) -> 
     _, one = train(tmp_path / "a", per_device_train_batch_size=8, **flags)
     _, two = train(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **flags)
     assert one == pytest.approx(two, rel=1e-4)
-    zo, _ = train(tmp_path / "c", per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
-    assert zo.cost.passes == 3 * 2 * 2
+
+
+def test_a_step_of_two_micro_batches_is_the_mean_of_two_estimates(tmp_path: Path) -> None:
+    """Each along directions that its own place in the run draws."""
+    rows, rate = examples(2) * 2, 1e-3
+    flags: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    flags |= {"train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": rate, "seed": 3}
+    trainer, _ = train(tmp_path, rows=rows, **flags)
+    assert trainer.cost.passes == 2 * 2
+    expected = attach(build(ARCHITECTURES["opt"]), rank=8, seed=3)
+    estimates = [
+        TwoSided(1e-2)(expected, OptionLoss(), expected.base.batch(rows[place : place + 2]), Key(3, 0, number))
+        for number, place in enumerate((0, 2))
+    ]
+    assert not torch.equal(*(estimate.gradient for estimate in estimates))
+    expected.accumulate_gradient(sum(estimate.gradient for estimate in estimates) / 2)
+    for ours, theirs in zip(trainer.adapters.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - rate * theirs.grad)
+        assert not torch.equal(ours, theirs)
 
 
 def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
