@@ -49,5 +49,14 @@ def test_links_lead_somewhere(page: str) -> None:
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
+def test_files_that_the_docs_name_are_there() -> None:
+    """By their path from the package or from the top; users' own files stand in code blocks."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = re.sub(r"```.*?```", "", _text(page), flags=re.DOTALL)
+        for name in re.findall(r"`([\w./-]+\.py)`", text):
+            places = [ROOT / name, ROOT / "src" / "xgblora" / name, ROOT / "benchmarks" / name]
+            assert any(place.exists() for place in places), f"{page.name}: {name}"
+
+
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
