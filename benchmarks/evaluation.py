@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from contest import Turns, arguments, contest, publish, real_rows
 
-from xgblora import evaluate, load_model
+from xgblora import Base, evaluate, load_model
 
 
 def plain(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int) -> None:
@@ -44,10 +44,11 @@ def ours(get_turns: Callable[[], Turns], name: str, dtype: str, examples: int, b
     """Packed, each prompt once."""
     model, tokenizer = load_model(name, getattr(torch, dtype))
     rows = real_rows(tokenizer, examples)
+    base = Base(model, packed=True)
     turns = get_turns()
     loss = 0.0
     while turns.wait():
-        loss = evaluate(model, rows, batch_size=batch_size).loss
+        loss = evaluate(base, rows, batch_size=batch_size).loss
         turns.done()
     turns.result = {"loss": loss}
 

@@ -112,7 +112,7 @@ def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -
     assert (root / "lora_seed0" / "metrics.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
+@pytest.mark.parametrize("trainer", ["zo", pytest.param("regular", marks=pytest.mark.soak)])
 def test_2000_steps_without_a_merge_are_bit_identical(trainer: str, run: Run, small: list[str], tmp_path: Path) -> None:
     """The reason this project exists, at the length of the report."""
     flags = "--max_steps 2000 --xgblora_steps_per_iteration 2000 --lora_rank 1 --lora_alpha 16 --seeds 0"

@@ -17,8 +17,18 @@ from xgblora.runs.memory import measure_training, predict
 BATCH = "per_device_train_batch_size"
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
+QUICK = [("opt", "zo"), ("llama", "regular"), ("gpt2", "zo")]
+"""The others take as long again, and are soak's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer"),
+    [
+        pytest.param(name, trainer, marks=() if (name, trainer) in QUICK else pytest.mark.soak)
+        for name in ("opt", "llama", "gpt2")
+        for trainer in ("zo", "regular")
+    ],
+)
 def test_what_two_and_three_layers_take_says_what_nine_do(name: str, trainer: str, tmp_path: Path) -> None:
     """The whole architecture, measured in the same way: torch's own record, so it is no matter of the machine."""
     config: PreTrainedConfig = copy.deepcopy(ARCHITECTURES[name])

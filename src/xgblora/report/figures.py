@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from xgblora.files import write_atomically
 from xgblora.report.result import Curves
@@ -80,40 +81,42 @@ def _work(runs: Sequence[Curves]) -> tuple[str, Callable[[Curves], float]]:
 
 def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
     """Dev loss and accuracy after each booster, in order: what every booster added."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, column, factor, title in (
-        (panels[0], "eval_accuracy", 100, "accuracy (%)"),
-        (panels[1], "eval_loss", 1, "loss (nats)"),
-    ):
-        for number, (label, group) in enumerate(_by_label(runs).items()):
-            for run in group:
-                points = [line for line in run.evals if line["merge"]] + run.evals[-1:]
-                boosters = np.arange(1, len(points) + 1)
-                axes.plot(boosters, factor * _column(points, column), "o-", color=COLOURS[number % 4], alpha=0.8,
-                          label=label if run is group[0] else None)  # fmt: skip
-        axes.set(title=f"Development {title} after each booster", xlabel="boosters", ylabel=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    _save(figure, path)
+    figure, panels = _booster_panels("Development {} after each booster")
+    for number, (label, group) in enumerate(_by_label(runs).items()):
+        for run in group:
+            points = [line for line in run.evals if line["merge"]] + run.evals[-1:]
+            for axes, column, factor in zip(panels, ("eval_accuracy", "eval_loss"), (100, 1), strict=True):
+                axes.plot(np.arange(1, len(points) + 1), factor * _column(points, column), "o-",
+                          color=COLOURS[number % 4], alpha=0.8, label=label if run is group[0] else None)  # fmt: skip
+    _finish_panels(figure, panels, path)
 
 
 def draw_stages(scores: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
     """Accuracy and loss with the first 0, 1, ... boosters of one run, a line for each set of rows."""
+    figure, panels = _booster_panels("{} with the first boosters")
+    for number, (rows, stages) in enumerate(scores.items()):
+        for axes, values, factor in zip(panels, zip(*stages, strict=True), (100, 1), strict=True):
+            axes.plot(range(len(stages)), factor * np.array(values), "o" + STYLES[number % 4],
+                      color=COLOURS[number % 4], label=f"{rows} rows")  # fmt: skip
+    _finish_panels(figure, panels, path)
+
+
+def _booster_panels(title: str) -> tuple[Figure, Sequence[Axes]]:
+    """Accuracy and loss side by side, over the number of boosters."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, place, factor, title in ((panels[0], 0, 100, "accuracy (%)"), (panels[1], 1, 1, "loss (nats)")):
-        for number, (rows, stages) in enumerate(scores.items()):
-            values = [factor * stage[place] for stage in stages]
-            axes.plot(
-                range(len(values)), values, "o" + STYLES[number % 4], color=COLOURS[number % 4], label=f"{rows} rows"
-            )
-        axes.set(title=f"{title.capitalize()} with the first boosters", xlabel="boosters", ylabel=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels: Sequence[Axes] = figure.subplots(1, 2)
+    for axes, name in zip(panels, ("accuracy (%)", "loss (nats)"), strict=True):
+        heading = title.format(name)
+        axes.set(title=heading[0].upper() + heading[1:], xlabel="boosters", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+    return figure, panels
+
+
+def _finish_panels(figure: Figure, panels: Sequence[Axes], path: Path) -> None:
+    for axes in panels:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     _save(figure, path)
 
 
