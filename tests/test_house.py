@@ -90,6 +90,11 @@ def test_refused_flags_are_one_line(name: str) -> None:
         RunConfig(output_dir="unused", use_cpu=True, **{name: value})
 
 
+def test_a_flag_that_takes_a_text_or_false_takes_any_text() -> None:
+    config = RunConfig(output_dir="unused", use_cpu=True, report_to="trackio", trackio_static_space_id="me/curves")
+    assert config.trackio_static_space_id == "me/curves"
+
+
 def test_the_installed_transformers_is_what_is_overridden() -> None:
     assert hf.differences() == []
     for name in hf.OVERRIDDEN:

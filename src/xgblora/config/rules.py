@@ -30,10 +30,15 @@ def _out_of_range(config: Any) -> Iterator[str]:
         for wrong in (check for check in flag.checks if value is not None and not check.holds(value)):
             yield f"--{name} must be {wrong.wants}, got {value}"
     for name, hint in get_type_hints(Flags).items():
-        literal = next((part for part in (hint, *get_args(hint)) if get_origin(part) is Literal), None)
-        value = getattr(config, name)
-        if literal is not None and value is not None and value not in get_args(literal):
-            yield f"--{name} must be one of {', '.join(get_args(literal))}, got {value}"
+        choices, value = _choices(hint), getattr(config, name)
+        if choices and value is not None and value not in choices:
+            yield f"--{name} must be one of {', '.join(choices)}, got {value}"
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a ``Literal``, perhaps with None beside it; none where another type is allowed, too."""
+    kinds = [hint] if get_origin(hint) is Literal else [kind for kind in get_args(hint) if kind is not type(None)]
+    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
 
 
 def _out_of_place(config: Any) -> Iterator[str]:
