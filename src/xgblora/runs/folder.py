@@ -1,6 +1,5 @@
 """The folder of a run: whether it is this run's, what it holds, and how it is made ready."""
 
-import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,8 +15,6 @@ from xgblora.tasks import Chat, Task, data_files, get_task, load_task
 from xgblora.training.checkpoints import checkpoints
 from xgblora.training.interruption import LOCK, alone_in
 from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS
-
-logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 ADAPTER = "adapter"

@@ -15,7 +15,7 @@ from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import Evaluation, evaluate
 from xgblora.learn.generation import Writer
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
-from xgblora.learn.rewards import Reward, load_reward
+from xgblora.learn.rewards import Reward, RewardFunction, load_reward
 from xgblora.randomness import Stream, generator
 from xgblora.runs.folder import contents, task_of
 from xgblora.tasks import encode, load_splits, sample
@@ -125,7 +125,7 @@ class Workspace:
         return self._zero_shot
 
 
-def _reward_function(config: RunConfig, writes: bool) -> Any:
+def _reward_function(config: RunConfig, writes: bool) -> RewardFunction | None:
     """The function that ``--reward`` names, if any."""
     if config.reward is None:
         return None
