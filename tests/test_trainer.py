@@ -244,12 +244,14 @@ def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
     assert first != other
 
 
-def test_gradient_accumulation_uses_new_directions_and_means(tmp_path: Path) -> None:
+def test_gradient_accumulation_sees_the_examples_of_one_batch(tmp_path: Path) -> None:
     """Two micro-batches of 4 see the same examples as one batch of 8: by backpropagation the same losses."""
     flags: dict[str, Any] = {"trainer": "regular", "max_steps": 6, "optim": "sgd"}
     _, one = train(tmp_path / "a", per_device_train_batch_size=8, **flags)
     _, two = train(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **flags)
     assert one == pytest.approx(two, rel=1e-4)
+    zo, _ = train(tmp_path / "c", per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
+    assert zo.cost.passes == 3 * 2 * 2
 
 
 def test_a_step_of_two_micro_batches_is_the_mean_of_two_estimates(tmp_path: Path) -> None:

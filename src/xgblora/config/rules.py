@@ -91,8 +91,10 @@ def _contradictions(config: Any) -> Iterator[str]:
 
 def too_few_rows(config: Any, rows: int) -> str | None:
     """Why so many training rows do not suffice for recipe boost; None where they do."""
+    if config.recipe != "boost" or config.trainer == "none":
+        return None
     searched = config.boost_searched(rows)
-    if config.recipe != "boost" or config.trainer == "none" or rows - searched >= 2:
+    if rows - searched >= 2:
         return None
     return (
         f"--recipe boost fits boosters on at least 2 examples and finds their step lengths on 1 or more, got {rows} "
