@@ -234,3 +234,10 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "train.jsonl", 80)
     write_rows(folder / "validation.jsonl", 30)
     return folder
+
+
+@pytest.fixture
+def small(model_folder: Path, data_folder: Path) -> list[str]:
+    flags = f"--model_name {model_folder.as_posix()} --data_dir {data_folder.as_posix()} --task_name SST2"
+    flags += " --num_train 40 --num_dev 10 --num_eval 20 --disable_tqdm true --use_cpu true"
+    return flags.split()

@@ -192,10 +192,20 @@ def test_bad_targets_are_refused(arguments: dict[str, Any], message: str) -> Non
     assert not [n for n, _ in model.named_modules() if "base_layer" in n], "a refused model must stay untouched"
 
 
-def test_unknown_architecture_names_its_layers() -> None:
+def test_an_architecture_unknown_to_peft_takes_its_attentions_inputs() -> None:
     model = build(ARCHITECTURES["llama"])
     model.config.model_type = "novel"
-    with pytest.raises(XgbloraError, match=r"no default layers are known for the architecture 'novel'; give .*v_proj"):
+    assert {name.rpartition(".")[2] for name in attach(model).layers} == {"q_proj", "v_proj"}
+
+
+def test_an_architecture_of_unknown_layers_names_them() -> None:
+    model = build(ARCHITECTURES["llama"])
+    model.config.model_type = "novel"
+    for block in model.model.layers:
+        for old in ("q_proj", "v_proj"):
+            block.self_attn.add_module(f"my_{old}", getattr(block.self_attn, old))
+            delattr(block.self_attn, old)
+    with pytest.raises(XgbloraError, match=r"no default layers are known for LlamaForCausalLM; give .*my_v_proj"):
         attach(model)
 
 

@@ -1,7 +1,6 @@
 """Nothing lost: kills, signals, damaged files, full disks, two runs on one folder, numbers gone wrong."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import ARCHITECTURES, LogLines, build, examples, train
+from processes import EVERY_STEP, STEPS, finish, limited, start, wait_for
 from xgblora import Ledger, OptionLoss, RunConfig, Trainer, XgbloraError, attach, files
 from xgblora.cli import main
 from xgblora.errors import DivergedError
@@ -35,54 +34,12 @@ METHODS = {
     "top layer": "--xgblora --xgblora_layers 1 --xgblora_layer_choice top --xgblora_merge_frequency 1",
     "boost": "--recipe boost --boost_boosters 6 --boost_examples 32",
 }
-STEPS = 40
-EVERY_STEP = f"--max_steps {STEPS} --save_steps 3 --eval_steps 4 --logging_steps 2 --learning_rate 1e-2 --zo_eps 1e-2"
 EVERY_BOOSTER = "--eval_strategy steps"
 FILES = (
     "training_loss.jsonl",
     "eval_loss.jsonl",
     *(f"adapter/{n}" for n in ("adapter_model.safetensors", "ledger.json")),
 )
-
-_context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-if sys.platform != "win32":
-    _context.set_forkserver_preload(["xgblora.cli"])  # imported once: what is killed is a run, not an import
-
-
-def _command(argv: list[str], log: str) -> None:
-    torch.set_num_threads(1)
-    with Path(log).open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        sys.exit(main(argv))
-
-
-def start(argv: list[str], log: Path) -> Any:
-    """The command in a process of its own, what it says in ``log``."""
-    process = _context.Process(target=_command, args=(argv, str(log)))
-    process.start()
-    return process
-
-
-def finish(argv: list[str], log: Path) -> None:
-    process = start(argv, log)
-    process.join(120)
-    assert process.exitcode == 0, log.read_text(encoding="utf-8")
-
-
-def wait_for(process: Any, log: Path, text: str) -> None:
-    """Wait until the process has said it."""
-    for _ in range(12_000):
-        if log.is_file() and text in log.read_text(encoding="utf-8"):
-            return
-        assert process.is_alive(), log.read_text(encoding="utf-8")
-        time.sleep(0.005)
-    raise AssertionError(f"{text!r} was never said")
-
-
-@pytest.fixture
-def small(model_folder: Path, data_folder: Path) -> list[str]:
-    flags = f"--model_name {model_folder.as_posix()} --data_dir {data_folder.as_posix()} --task_name SST2"
-    flags += " --num_train 40 --num_dev 10 --num_eval 20 --disable_tqdm true --use_cpu true"
-    return flags.split()
 
 
 @pytest.fixture
@@ -611,21 +568,6 @@ def test_the_log_tells_how_far_a_step_went(optim: str, tmp_path: Path) -> None:
     moved = [(a - b).flatten() for a, b in zip(trainer.adapters.parameters(), fresh.parameters(), strict=True)]
     line = next(line for line in trainer.state.log_history if "update_norm" in line)
     assert line["update_norm"] == pytest.approx(torch.cat(moved).norm().item(), rel=1e-4)
-
-
-@contextmanager
-def limited(folder: Path, bytes_: int) -> Iterator[None]:
-    """A disk of so many bytes at ``folder``."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={bytes_}", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs rights that are missing here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="mounts a small disk")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -292,3 +293,22 @@ def test_rows_are_shown(model_folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert " It was" in capsys.readouterr().out
     assert main(["tasks", "nope"]) == 2
     assert "unknown task 'nope'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+@pytest.mark.parametrize("folder", ["plain", "[x] d", "a*b", "{a,b}", ".hidden"])
+@pytest.mark.parametrize("name", ["t*.jsonl", "t?.jsonl", "[tu]1.jsonl", "t{1,2}.jsonl", "#t%20.jsonl"])
+def test_a_file_is_read_by_its_very_name(folder: str, name: str, tmp_path: Path) -> None:
+    """As a pattern, it would match its neighbours, and test rows would be trained on."""
+    place = tmp_path / folder
+    place.mkdir()
+    path = write(place, GOOD.replace("train.jsonl", f'"{name}"'))
+    for number, file in enumerate([name, "t1.jsonl", "t2.jsonl", "u1.jsonl"]):
+        (place / file).write_text(ROW.replace("film", f"film {number}"), encoding="utf-8")
+    assert load_splits(load_task(path))["train"]["text"] == ["a film 0"]
+
+
+def test_a_name_that_cannot_be_read_is_one_line(refused: Callable[[Path], str], tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("train.jsonl", '"a::b.jsonl"'))
+    (tmp_path / "a::b.jsonl").write_text(ROW, encoding="utf-8")
+    assert "a::b.jsonl cannot be read with :: in its name: rename it" in refused(path)

@@ -4,9 +4,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
             each file.
 
     Raises:
-        XgbloraError: ``folder`` holds anything but what an earlier manifest names.
+        XgbloraError: ``folder`` holds anything but what an earlier manifest names, or is a link.
     """
-    _require_sealed(folder)
+    require_sealed(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work, former = (folder.with_name(f".{folder.name}.{os.getpid()}{end}{PART}") for end in ("", ".former"))
     shutil.rmtree(work, ignore_errors=True)
@@ -87,15 +88,43 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         shutil.rmtree(former, ignore_errors=True)
 
 
-def _require_sealed(folder: Path) -> None:
-    """Refuse to replace files that no manifest names: they are somebody else's."""
+def require_sealed(folder: Path, known: Iterable[str] = ()) -> None:
+    """Raise :class:`XgbloraError` where a folder holds what is not ours to replace. It may be missing, or empty.
+
+    Args:
+        folder: A link is refused, not followed.
+        known: Files that are ours also where a manifest is missing or damaged.
+    """
+    if folder.is_symlink():
+        raise XgbloraError(f"{folder} is a link, which is not followed: choose another folder")
     if not folder.exists():
         return
     if not folder.is_dir():
         raise XgbloraError(f"{folder} is a file: choose another folder")
-    there = {file.name for file in folder.iterdir()}
-    if there and (MANIFEST not in there or there - read_json(folder / MANIFEST).get("sha256", {}).keys()):
-        raise XgbloraError(f"{folder} holds files of something else: choose another folder")
+    there = {file.name for file in folder.iterdir() if not is_part(file)}
+    if foreign := there - _ours(folder, known):
+        raise XgbloraError(f"{folder} holds files of something else ({min(foreign)}): choose another folder")
+
+
+def remove_sealed(folder: Path, known: Iterable[str] = ()) -> None:
+    """Remove what :func:`require_sealed` takes for ours, and the folder where nothing else is left in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for name in _ours(folder, known) - {MANIFEST}:
+        (folder / name).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # last: until then it says what the others are
+    remove_parts(folder)
+    with suppress(OSError):  # somebody else's files are in it
+        folder.rmdir()
+
+
+def _ours(folder: Path, known: Iterable[str]) -> set[str]:
+    """Names of the files in ``folder`` that a manifest of ours, or ``known``, accounts for."""
+    try:
+        names = {MANIFEST, *read_json(folder / MANIFEST)["sha256"], *known}
+    except (XgbloraError, KeyError, TypeError):  # none, a damaged one, somebody else's
+        names = set(known)
+    return {file.name for file in folder.iterdir() if file.name in names and (file.is_symlink() or file.is_file())}
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -131,10 +160,15 @@ def seal(fingerprint: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str
     return content | {"sha256": {**digests, MANIFEST: manifest_digest}}
 
 
+def is_part(file: Path) -> bool:
+    """Whether a file or a folder is what a writer of ours had not finished."""
+    return re.search(rf"\.\d+(\.former)?{re.escape(PART)}$", file.name) is not None
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what killed writers left in ``folder``. No writer may be at work there."""
-    for leftover in folder.glob(f"*{PART}"):
-        if leftover.is_dir():
+    for leftover in filter(is_part, folder.iterdir()):
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)

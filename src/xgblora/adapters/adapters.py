@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xgblora.adapters.linear import AdaptedLinear, Probe
-from xgblora.adapters.targets import target_names, targeted
+from xgblora.adapters.targets import choose_targets
 from xgblora.base import Base
 from xgblora.base.swap import swap
 from xgblora.config import warn_rank
@@ -252,7 +252,7 @@ def attach(
         rank: Rank of the pair in training; with ``xgblora`` it is 1, whatever was asked for.
         alpha: scaling = alpha / rank.
         target_modules: Names of layers (or one regular expression) as PEFT understands them; by default PEFT's choice
-            for the architecture (q and v projections).
+            for the architecture (q and v projections). Layers that text does not reach take none.
         seed: Decides the first A of every pair.
         xgblora: Whether boosters of rank 1 will be trained.
         layers: Every pair trains in a subset of the decoder layers; by default in all.
@@ -261,8 +261,8 @@ def attach(
         The adapters. Their B is zero, so the model computes what it did before.
 
     Raises:
-        XgbloraError: No layer matches, one that matches is not linear, the rank is below 1, the subset is larger than
-            what there is, or the model has adapters already.
+        XgbloraError: No layer matches, one that matches is not linear, plain PEFT would not load what is saved, the
+            rank is below 1, the subset is larger than what there is, or the model has adapters already.
 
     Example:
         >>> from xgblora.base.load import tiny_model
@@ -281,11 +281,10 @@ def attach(
     peft_config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=target_names(base.model, target_modules),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.model.config.name_or_path or None,
     )
-    targets = targeted(base.model, peft_config)
+    targets = choose_targets(base, target_modules, peft_config)
     base.model.requires_grad_(False)
     logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", rank, alpha, xgblora)
     fingerprint = base.fingerprint()

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from xgblora.adapters import plain_peft
 from xgblora.adapters.adapters import Adapters
+from xgblora.adapters.plain_peft import PEFT_CONFIG, WEIGHTS, tensor_name
 from xgblora.errors import XgbloraError
 from xgblora.files import MANIFEST, read_json, verify, write_json
 
-WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 LEDGER = "ledger.json"
 ENTRIES = ("rank", "scaling", "boosters", "evaluation")
 """What a ledger.json must hold."""
@@ -47,21 +47,9 @@ def write(folder: Path, adapters: Adapters, entries: Mapping[str, Any]) -> None:
     for name, layer in adapters.layers.items():
         for matrix, rows in zip("AB", layer.pairs(), strict=True):
             tensors[tensor_name(name, matrix)] = rows.detach().contiguous().cpu()
-    ours = adapters.peft_config
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=adapters.scaling * rank,  # PEFT divides by the rank again
-        target_modules=ours.target_modules,
-        fan_in_fan_out=ours.fan_in_fan_out,
-        task_type=ours.task_type,
-        base_model_name_or_path=ours.base_model_name_or_path,
-        inference_mode=True,
-    )
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set would be written in another order each time
-    config.save_pretrained(str(folder))
+    alpha = adapters.scaling * rank  # PEFT divides by the rank again
+    plain_peft.write(folder, adapters.peft_config, rank, alpha, tensors)
     write_json(folder / LEDGER, dict(entries))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def read(folder: Path) -> Stored:
@@ -195,8 +183,3 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise XgbloraError(f"{file} is damaged ({error}): take another checkpoint") from error
-
-
-def tensor_name(layer: str, matrix: str) -> str:
-    """What PEFT calls A or B of a layer."""
-    return f"base_model.model.{layer}.lora_{matrix}.weight"

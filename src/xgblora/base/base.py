@@ -1,7 +1,7 @@
 """The frozen model as an object: hidden states, logits, what its layers see. It is asked, never opened."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 2**27
 """Bytes of the output head in float32 that are multiplied at once. A whole head may take gigabytes."""
+
+TEXT_TOKENS = 8
+"""Tokens of the forward that shows which layers a text reaches."""
 
 READS_AT_ONCE = 1024
 """Predicting positions whose logits are held at once."""
@@ -87,6 +90,11 @@ class Base:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids it knows."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
         """The decoder layers by name, in order."""
         return decoder_layers(self.model)
@@ -114,18 +122,16 @@ class Base:
     def observe(self, batches: Iterable[Batch], layers: Sequence[nn.Module]) -> Iterator[Observation]:
         """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
 
-        Args:
-            batches: On the model's device.
-            layers: In the order in which the model runs them.
+        Raises :class:`XgbloraError` where the model does not call each of the layers once, with every position.
         """
         last_layer = list(self.layers.values())[-1]
         for batch in batches:
-            inputs: list[Tensor] = []
+            inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
             outputs: list[Any] = []
             with ExitStack() as hooks, self.ready(batch):
 
-                def keep_input(_: nn.Module, args: Any, batch: Batch = batch, kept: list[Tensor] = inputs) -> None:
-                    kept.append(rows_read(args[0], batch))
+                def keep_input(layer: nn.Module, args: Any, kept: dict[nn.Module, list[Tensor]] = inputs) -> None:
+                    kept[layer].append(args[0])
 
                 def keep_output(_: nn.Module, args: Any, output: Any, kept: list[Any] = outputs) -> None:
                     kept.append(output[0] if isinstance(output, tuple) else output)
@@ -134,7 +140,21 @@ class Base:
                     hooks.callback(layer.register_forward_pre_hook(keep_input).remove)
                 hooks.callback(last_layer.register_forward_hook(keep_output).remove)
                 forward(self.model, batch)
-            yield Observation(inputs, rows_read(outputs[-1], batch))
+            for layer, seen in inputs.items():
+                if len(seen) != 1 or seen[0].numel() // seen[0].shape[-1] < batch.input_ids.numel():
+                    names = {module: name for name, module in self.model.named_modules()}
+                    raise XgbloraError(f"{names[layer]} does not see every word once a forward, as fits need it")
+            yield Observation([rows_read(seen[0], batch) for seen in inputs.values()], rows_read(outputs[-1], batch))
+
+    @torch.no_grad()
+    def called(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        """Names of those layers that take part in a forward of text."""
+        names: list[str] = []
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hooks.callback(layer.register_forward_hook(lambda *_, name=name: names.append(name)).remove)
+            self.model(input_ids=torch.arange(TEXT_TOKENS, device=self.device)[None] % self.vocabulary, use_cache=False)
+        return names
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits of final hidden states, float32 from float32 products.
@@ -259,6 +279,15 @@ def _measure_route(model: PreTrainedModel) -> bool:
             wanted.append(model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :].float())
     expected = torch.cat(wanted)
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1  # half precision rounds much more
+    words = [*examples[1].prompt, *examples[1].options[0]]
+    short, long = (
+        model(input_ids=torch.tensor([part], device=device), use_cache=False).logits[0, : len(words) - 1].float()
+        for part in (words[:-1], words)
+    )
+    if _difference(short, long) > tolerance:
+        raise XgbloraError(
+            f"{type(model).__name__} is not supported: its words see later ones, so it is no causal model"
+        )
     reason = ""
     for packed in (True, False):
         base = Base(model, packed)
@@ -269,11 +298,17 @@ def _measure_route(model: PreTrainedModel) -> bool:
         except Exception as error:  # whatever a foreign architecture raises: it cannot take this form
             reason = one_line(error, 100)
             continue
-        # Root mean square over the vocabulary, worst position: a token that sees wrong neighbours is off by about 1.
-        difference = ((logits - expected).std(dim=1) / expected.std(dim=1)).max()
-        if difference <= tolerance:
+        if (difference := _difference(logits, expected)) <= tolerance:
             if not packed:
                 logger.info("%s cannot run packed batches (%s): padded rows are used", type(model).__name__, reason)
             return packed
         reason = f"logits differ by {difference:.2g} of their spread"
     raise XgbloraError(f"{type(model).__name__} is not supported: its logits are not head(hidden states) ({reason})")
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    """Root mean square over the vocabulary, as a share of its spread, at the worst position.
+
+    A token that sees wrong neighbours is off by about 1.
+    """
+    return float(((logits - expected).std(dim=1) / expected.std(dim=1)).max())

@@ -23,6 +23,7 @@ from xgblora.runs.folder import CONFIG, finished_result, folder_of, task_of
 from xgblora.runs.run import run
 from xgblora.runs.workspace import Workspace
 from xgblora.tasks import Task
+from xgblora.training.interruption import alone_in
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,13 @@ def experiment(config: ExperimentConfig) -> Result:
             f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
             "go on with --skip_completed or start again with --overwrite_output_dir"
         )
+    with alone_in(Path(str(config.output_root))):
+        if not all(finished):
+            _carry_out(config, runs)
+        return report(config, [folder_of(configured) for configured in runs])
+
+
+def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
     for note in idle_notes(config, runs):
         logger.info("Note: %s", note)
     # Neither a fit, whose step length undoes the scaling, nor what is not trained.
@@ -141,12 +149,11 @@ def experiment(config: ExperimentConfig) -> Result:
     workspace = None
     # Rows are shared by all arms: an arm that trains says how many.
     trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
-    for number, (configured, done) in enumerate(zip(runs, finished, strict=True), start=1):
-        if not done:
+    for number, configured in enumerate(runs, start=1):
+        if finished_result(configured) is None:
             workspace = workspace or Workspace(trained)
             logger.info("Run %d of %d: %s", number, len(runs), folder_of(configured).name)
             run(configured, workspace)
-    return report(config, [folder_of(configured) for configured in runs])
 
 
 def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:

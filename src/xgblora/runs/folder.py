@@ -1,24 +1,24 @@
 """The folder of a run: whether it is this run's, what it holds, and how it is made ready."""
 
-import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from xgblora.adapters.files import LEDGER
 from xgblora.config import RunConfig, differences
 from xgblora.errors import XgbloraError
-from xgblora.files import PART, digest, read_json, remove_parts, write_json
+from xgblora.files import digest, is_part, read_json, remove_parts, remove_sealed, require_sealed, write_json
 from xgblora.learn.rewards import reward_file
 from xgblora.report import METRICS, RunResult
 from xgblora.tasks import Chat, Task, data_files, get_task, load_task
-from xgblora.training.checkpoints import checkpoints
-from xgblora.training.interruption import LOCK, alone_in
+from xgblora.training.checkpoints import FILES, checkpoints
+from xgblora.training.interruption import LOCK
 from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS
 
 CONFIG = "config.json"
 ADAPTER = "adapter"
 STATE = "trainer_state.json"
+WRITTEN = (METRICS, TRAINING_LOSS, EVAL_LOSS, STATE, CONFIG)
+"""The files of a run, beside its adapter and its checkpoints."""
 DIGESTS = "sha256"
 """The entry of ``config.json`` with the digests of the files that a run reads."""
 
@@ -64,20 +64,24 @@ def require_finished(run: Path) -> None:
 
 
 def require_ours(config: RunConfig) -> None:
-    """Raise :class:`XgbloraError` where a run may not have its folder: it holds another run, or foreign files."""
+    """Raise :class:`XgbloraError` where a run may not have its folder: it holds another run, or foreign files.
+
+    ``--overwrite_output_dir`` replaces runs: what no run has written is neither removed nor written over.
+    """
     folder = folder_of(config)
     if folder.exists() and not folder.is_dir():
         raise XgbloraError(f"{folder} is a file: choose another --output_dir")
     if config.overwrite_output_dir:
+        _require_replaceable(folder)
         return
     if not (folder / CONFIG).is_file():
-        if folder.is_dir() and any(file.name != LOCK and file.suffix != PART for file in folder.iterdir()):
+        if folder.is_dir() and any(file.name != LOCK and not is_part(file) for file in folder.iterdir()):
             raise XgbloraError(f"{folder} holds files of something else: choose another --output_dir")
         return
     try:
         theirs = read_json(folder / CONFIG)
     except XgbloraError as error:
-        raise XgbloraError(f"{error}: use --overwrite_output_dir to start again") from error
+        raise XgbloraError(f"{error}: remove it to start again") from error
     digests = theirs.pop(DIGESTS, {})
     different = differences(theirs, config.resolved())
     if not different:  # other settings read other files
@@ -90,27 +94,32 @@ def require_ours(config: RunConfig) -> None:
         )
 
 
-def prepare_folder(config: RunConfig, held: ExitStack, digests: Mapping[str, str]) -> None:
-    """Make the run's folder ready for it, and write its ``config.json``.
+def _require_replaceable(folder: Path) -> None:
+    held_run = (folder / CONFIG).is_file() and DIGESTS in read_json(folder / CONFIG)
+    for name in WRITTEN:
+        if (folder / name).exists() and not held_run:
+            raise XgbloraError(
+                f"{folder / name} is of no run of xgblora's, and --overwrite_output_dir replaces nothing else: choose "
+                "another --output_dir"
+            )
+    for sealed in (folder / ADAPTER, *checkpoints(folder)):
+        require_sealed(sealed, FILES if held_run else ())
+
+
+def prepare_folder(config: RunConfig, digests: Mapping[str, str]) -> None:
+    """Make the run's folder, whose lock is held, ready for it, and write its ``config.json``.
 
     A folder that holds an unfinished run of the same configuration is kept, to be resumed.
 
     Args:
         config: Of the run.
-        held: Takes the lock of a folder that has to be made.
         digests: By :func:`contents`, of the files that were read.
-
-    Raises:
-        XgbloraError: As :func:`require_ours`; or another process is at work there.
     """
     folder = folder_of(config)
-    if not folder.is_dir():
-        require_ours(config)
-        held.enter_context(alone_in(folder))
     remove_parts(folder)
     if config.overwrite_output_dir:
-        for name in (METRICS, CONFIG, TRAINING_LOSS, EVAL_LOSS, STATE):
+        for sealed in (folder / ADAPTER, *checkpoints(folder)):
+            remove_sealed(sealed, FILES)
+        for name in WRITTEN:  # config.json last: until then it says that the others are a run's
             (folder / name).unlink(missing_ok=True)
-        for old in [folder / ADAPTER, *checkpoints(folder)]:
-            shutil.rmtree(old, ignore_errors=True)
     write_json(folder / CONFIG, config.resolved() | {DIGESTS: dict(digests)})

@@ -2,7 +2,6 @@
 
 import logging
 import statistics
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from xgblora.errors import XgbloraError
 from xgblora.files import write_atomically
 from xgblora.learn.evaluate import Evaluation, score
 from xgblora.learn.fitted.tail import Tail
-from xgblora.learn.fitted.writers import require_writers, residual_writers
+from xgblora.learn.fitted.writers import require_observed, require_writers, residual_writers
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
 from xgblora.runs.workspace import Workspace
@@ -46,20 +45,20 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
         XgbloraError: Anything that a user can mend, before work is wasted.
     """
     folder = folder_of(config)
-    if (finished := finished_result(config)) is not None:
-        logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
-        return finished
-    require_ours(config)
     stop = StopAtSignal()
-    with ExitStack() as held:
-        held.enter_context(stop.listening())
-        if folder.is_dir():  # another one is made once model and data are known to be there
-            held.enter_context(alone_in(folder))
-        return _run(config, workspace, stop, held)
+    require_ours(config)
+    finished = finished_result(config)
+    if finished is None:
+        with stop.listening(), alone_in(folder):
+            require_ours(config)  # again: who held the lock until now may have written something
+            finished = finished_result(config)
+            if finished is None:
+                return _run(config, workspace, stop)
+    logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
+    return finished
 
 
-def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal, held: ExitStack) -> RunResult:
-    """``held``: holds the lock on the folder until the run is over."""
+def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> RunResult:
     if config.init_adapter and config.trainer != "none":
         require_lora(Path(config.init_adapter))
     workspace = workspace or Workspace(config)
@@ -68,7 +67,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal, hel
     set_seed(config.seed)
     work: dict[str, Any] = {}
     if config.trainer == "none":
-        prepare_folder(config, held, workspace.contents)
+        prepare_folder(config, workspace.contents)
         scores = workspace.in_context(config) if config.train_rows else workspace.zero_shot(config)
     else:
         adapters = attach_for(config, workspace.base)  # first of all: it may refuse, and then nothing was written
@@ -78,7 +77,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal, hel
             if config.init_adapter:
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
-            prepare_folder(config, held, workspace.contents)
+            prepare_folder(config, workspace.contents)
             with adapters.first(0):
                 workspace.zero_shot(config)
             work = _train(config, workspace, ledger, stop)
@@ -117,6 +116,7 @@ def attach_for(config: RunConfig, base: Base) -> Adapters:
     if boosted:
         try:
             require_writers(adapters)
+            require_observed(adapters)
             Tail(base)
         except XgbloraError:
             adapters.detach()

@@ -1,5 +1,6 @@
 """The rows of a run: a task's own splits or the user's files, checked, then sampled into train, dev and eval."""
 
+import glob
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 
-from xgblora.errors import XgbloraError, naming
+from xgblora.errors import XgbloraError, naming, one_line
 from xgblora.randomness import Stream, generator
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import SPLITS, Hub, Task
@@ -70,8 +71,9 @@ def load_splits(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, 
     except XgbloraError:
         raise
     except Exception as error:  # no network, unknown data set, broken cache: many kinds, one remedy
-        reason = " ".join(str(error).split())[:200]
-        raise XgbloraError(f"cannot load the data of {task.name}: {reason} (--data_dir reads local files)") from error
+        raise XgbloraError(
+            f"cannot load the data of {task.name}: {one_line(error)} (--data_dir reads local files)"
+        ) from error
 
 
 def sample(
@@ -153,16 +155,18 @@ def _read_file(path: Path, task: Task | Chat) -> Dataset:
         raise XgbloraError(f"the data file {path} does not exist")
     if path.stat().st_size == 0:
         raise XgbloraError(f"{path} is empty")
+    if "::" in str(path):  # datasets would take it for one file system inside another
+        raise XgbloraError(f"{path} cannot be read with :: in its name: rename it")
     try:
         with _quiet_readers():
-            rows: Dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            rows: Dataset = load_dataset(READERS[path.suffix], data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # the readers behind datasets raise their own kinds
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if "corresponds to no data" in str(cause) or "BatchSize must be greater than 0" in str(cause):
             raise XgbloraError(f"{path} has no rows") from error
-        raise XgbloraError(f"cannot read {path}: {' '.join(str(cause).split())[:200]}") from error
+        raise XgbloraError(f"cannot read {path}: {one_line(cause)}") from error
     if len(rows) == 0:
         raise XgbloraError(f"{path} has no rows")
     for column in rows.column_names:

@@ -15,15 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from xgblora.adapters.files import LEDGER
+from xgblora.adapters.plain_peft import PEFT_CONFIG, WEIGHTS
 from xgblora.errors import XgbloraError
-from xgblora.files import read_json, verify
+from xgblora.files import MANIFEST, read_json, remove_sealed, verify
 
 logger = logging.getLogger(__name__)
 
 TENSORS = "training_state.safetensors"
 NUMBERS = "training_state.json"
+
+FILES = frozenset({MANIFEST, WEIGHTS, PEFT_CONFIG, LEDGER, TENSORS, NUMBERS, TRAINER_STATE_NAME, "README.md"})
+"""What a checkpoint or an adapter consists of."""
 
 
 def write_training_state(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, progress: dict[str, Any]) -> None:
@@ -128,6 +134,21 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
     folders = (folder for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() and _step(folder) >= 0)
     return sorted(folders, key=_step)
+
+
+def rotate(run: Path, step: int, limit: int | None, best: Path | None) -> None:
+    """Remove checkpoints until ``limit`` are left, by their steps: clocks step back.
+
+    The one of ``step``, just written, stays, and so does the best. Later steps, which a run that went back has yet to
+    reach again, go first, then the earliest. Of each, only files of ours are removed.
+    """
+    if not limit:
+        return
+    kept = {folder for folder in (checkpoint_folder(run, step), best) if folder is not None}
+    others = [folder for folder in checkpoints(run) if folder not in kept]
+    others.sort(key=lambda folder: (_step(folder) < step, _step(folder)))
+    for folder in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:
+        remove_sealed(folder, FILES)
 
 
 def last_checkpoint(run: Path) -> Path | None:

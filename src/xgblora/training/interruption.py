@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,10 +81,12 @@ class StopAtSignal(TrainerCallback):
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; one that a dead process left is taken over.
+    """Hold the lock of an output folder, which is made where it is missing; one that a dead process left is taken over.
 
-    Raises :class:`XgbloraError` with the number of the process that holds it.
+    A folder that was made, and is left empty, goes again. Raises :class:`XgbloraError` with the number of the process
+    that holds the lock.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = SoftFileLock(folder / LOCK, timeout=LOCK_SECONDS)
     try:
@@ -99,3 +101,6 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        with suppress(OSError):  # not empty: something was written
+            for place in made:
+                place.rmdir()

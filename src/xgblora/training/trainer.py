@@ -6,7 +6,6 @@ schedule, logging, callbacks and resuming are transformers'.
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
 from xgblora import hf
 from xgblora.adapters.adapters import Adapters
@@ -25,7 +23,7 @@ from xgblora.adapters.files import require_entries
 from xgblora.config import RunConfig
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import DivergedError, XgbloraError, within_memory
-from xgblora.files import sealed_folder, verify
+from xgblora.files import remove_sealed, sealed_folder, verify
 from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Key
 from xgblora.learn.evaluate import Evaluation, evaluate
@@ -33,10 +31,12 @@ from xgblora.learn.losses import AnswerLoss, FunctionLoss, Loss, Objective, Opti
 from xgblora.learn.methods import method
 from xgblora.learn.rewards import Reward
 from xgblora.training.checkpoints import (
+    FILES,
     checkpoint_folder,
     last_checkpoint,
     read_random_numbers,
     read_training_state,
+    rotate,
     write_training_state,
 )
 from xgblora.training.diagnosis import diagnose
@@ -250,8 +250,7 @@ class Trainer(hf.HookedTrainer):
             best = checkpoint_folder(root, state.best_global_step)
             if best == folder or best.is_dir():
                 state.best_model_checkpoint = str(best)
-        if folder.exists():
-            shutil.rmtree(folder)  # one that was damaged, and is now made again
+        remove_sealed(folder, FILES)  # one that was damaged, and is now made again
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self._write_adapters(work)
             progress = {"health": self.meter.health.state(), "bad_steps": self.meter.bad_steps}
@@ -261,7 +260,8 @@ class Trainer(hf.HookedTrainer):
                 if isinstance(callback, ExportableState):
                     state.stateful_callbacks[type(callback).__name__] = callback.state()
             state.save_to_json(str(work / TRAINER_STATE_NAME))
-        rotate_checkpoints(str(root), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        best_folder = state.best_model_checkpoint and Path(state.best_model_checkpoint)
+        rotate(root, state.global_step, self.args.save_total_limit, best_folder or None)
         self.method.after_checkpoint()
 
     def load_adapters(self, checkpoint: Path) -> None:

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import AdaptedLinear
+from xgblora.adapters.targets import readable_names
 from xgblora.base import Base
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, naming
+from xgblora.learn.fitted.tail import short_batch
 
 ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
 """How architectures call the layer that writes a block's attention to the residual stream."""
@@ -24,7 +26,8 @@ READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn"
 def residual_writers(base: Base) -> list[str]:
     """Names of the layers that write attention and, where they are known, MLPs to the residual stream, as targets.
 
-    Raises :class:`XgbloraError` for an architecture that calls those of the attention otherwise.
+    Names that plain PEFT would not load are left out. Raises :class:`XgbloraError` for an architecture that calls those
+    of the attention otherwise, and where none is left.
     """
     names = [name for block in base.layers.values() for name, _ in block.named_modules()]
     attention, mlp = (
@@ -36,7 +39,12 @@ def residual_writers(base: Base) -> list[str]:
             f"--recipe boost does not know which layers of {type(base.model).__name__} write to the residual stream: "
             "name them with --lora_target_modules"
         )
-    return attention + mlp
+    if not (readable := readable_names(base, attention + mlp)):
+        raise XgbloraError(
+            f"--recipe boost would adapt {', '.join(attention + mlp)} of {type(base.model).__name__}, where plain PEFT "
+            "takes no adapters: use --recipe classic"
+        )
+    return readable
 
 
 def _is_called(name: str, writer: str) -> bool:
@@ -53,6 +61,13 @@ def require_writers(adapters: Adapters) -> None:
                 f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
                 "--lora_target_modules"
             )
+
+
+@torch.no_grad()
+def require_observed(adapters: Adapters) -> None:
+    """Raise :class:`XgbloraError` where a layer does not see every word once a forward. Costs a short forward."""
+    with naming("--recipe boost"):
+        next(adapters.base.observe([short_batch(adapters.base)], list(adapters.layers.values())))
 
 
 def turned_down(adapters: Adapters) -> list[bool]:
