@@ -8,8 +8,8 @@ import torch
 LONGEST_MESSAGE = 1000
 """Characters. A message may quote what a file holds."""
 
-NO_MEMORY = ("can't allocate memory", "bad_alloc")
-"""How torch's CPU allocator and C++ report exhausted memory in a RuntimeError."""
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+"""How torch's allocators and C++ report exhausted memory in a RuntimeError."""
 
 
 class XgbloraError(ValueError):
@@ -34,8 +34,9 @@ def within_memory(where: str, advice: str) -> Iterator[None]:
     """Turn every way in which torch and Python report exhausted memory into one :class:`XgbloraError`."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(words in str(error) for words in NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in str(error) for words in NO_MEMORY):
             raise
         raise XgbloraError(f"out of memory {where}: {advice}") from error
 

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: written beside, synced, renamed, and sealed with their digests."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from xgblora.errors import XgbloraError
 
@@ -64,6 +67,7 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
 
     Raises:
         XgbloraError: ``folder`` holds anything but what an earlier manifest names, or is a link.
+        OSError: It cannot be written: the disk is full, say.
     """
     require_sealed(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +85,8 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
             folder.rename(former)
         work.rename(folder)
         _sync_folder(folder.parent)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise _as_os_error(error, folder) from error
     finally:
         if former.exists() and not folder.exists():
             former.rename(folder)
@@ -194,6 +200,12 @@ def digest(file: Path) -> str:
 
 def _text(content: Any) -> str:
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _as_os_error(error: Exception, place: Path) -> OSError:
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code) if number else str(error), str(place))
 
 
 def _sync(file: Path) -> None:

@@ -147,6 +147,11 @@ def restore_lora(adapters: Adapters, folder: Path) -> int:
     tensors = read_tensors(folder / WEIGHTS)
     for name, layer in adapters.layers.items():
         A, B = (tensors.pop(tensor_name(name, matrix), None) for matrix in "AB")
+        if (A is None) != (B is None):
+            raise XgbloraError(f"{folder / WEIGHTS} has only one of lora_A and lora_B for {name}")
+        for tensor in (A, B):
+            if tensor is not None and not tensor.isfinite().all():
+                raise XgbloraError(f"{folder / WEIGHTS} holds numbers for {name} that are not finite")
         A = torch.zeros(rank, layer.in_features) if A is None else A.float()
         B = torch.zeros(layer.out_features, rank) if B is None else B.float() * (factor / layer.scaling)
         if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):

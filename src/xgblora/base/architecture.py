@@ -17,6 +17,15 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
 
 
+def body(model: PreTrainedModel) -> nn.Module:
+    """What computes the final hidden states, below the head."""
+    whole = model.base_model
+    if whole is not model:
+        return whole
+    inner = getattr(model, "model", None)  # Llama 4 names another module as its base than it has
+    return inner if isinstance(inner, nn.Module) else whole
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """Longest sequence that a model's positions allow; None where its configuration sets no limit."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from xgblora import hf
+from xgblora.base.architecture import body
 from xgblora.data.batch import Batch
 
 _ATTENTION = "xgblora_packed"
@@ -165,13 +166,13 @@ def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states of every position, in the base's dtype: (1, tokens, hidden) or (rows, longest, hidden)."""
     if batch.packed:
         with _packed_row(model, batch):
-            packed: Tensor = model.base_model(
+            packed: Tensor = body(model)(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
             return packed
     real = torch.zeros(batch.input_ids.numel(), dtype=torch.long, device=batch.slot.device)
     real[batch.slot] = 1
-    padded: Tensor = model.base_model(
+    padded: Tensor = body(model)(
         input_ids=batch.input_ids, attention_mask=real.view_as(batch.input_ids), use_cache=False
     ).last_hidden_state
     return padded

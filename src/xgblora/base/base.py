@@ -112,6 +112,17 @@ class Base:
         """A batch of the examples, as this model runs them, on its device."""
         return build_batch(examples, self.packed, share).to(self.device)
 
+    def require_known(self, examples: Sequence[Example]) -> None:
+        """Raise :class:`XgbloraError` where an example holds a token that the model has no embedding for."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        for number, example in enumerate(examples, start=1):
+            highest = max(map(max, filter(None, (example.prompt, *example.options))), default=0)
+            if highest >= rows:
+                raise XgbloraError(
+                    f"example {number} holds the token id {highest}, and the model knows {rows} tokens: the tokenizer "
+                    "is that of another model"
+                )
+
     def hidden(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """Final hidden states where each batch predicts something: (reads, hidden), in the model's dtype."""
         for batch in batches:

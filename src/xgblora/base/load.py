@@ -5,7 +5,7 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +125,38 @@ def _read_folder(name: str, dtype: torch.dtype, trusted: bool = False) -> tuple[
     looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise XgbloraError(f"the model folder {name} does not exist")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trusted)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    _require_whole(model, report)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+
+
+def _require_whole(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a model whose file does not hold its weights, no more and no less: it would run on random ones.
+
+    What a model for pictures or sound holds beside its language model may be left over.
+    """
+    other = [f"{name} is {theirs} there, {ours} in the model" for name, theirs, ours in report["mismatched_keys"]]
+    left = [] if model.config.sub_configs else sorted(report["unexpected_keys"])
+    for what, names in {
+        "its file lacks {}": sorted(report["missing_keys"]),
+        "weights of another shape: {}": sorted(other),
+        "its file holds weights that the model has no place for: {}": left,
+    }.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise XgbloraError(f"cannot use the model {model.name_or_path!r}: {what.format(names[0])}{more}")
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     if not path.is_file():
         raise XgbloraError(f"the model file {path} does not exist")
     logger.info("Dequantising %s (once a run)", path.name)
-    source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    source, report = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+    )
+    _require_whole(source, report)
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     # What from_pretrained returns still counts as quantised and refuses to be saved or trained: same weights,
     # clean model.

@@ -58,6 +58,7 @@ class Predictor(ExitStack):
             return []
         length = self.base.context_length or 2048
         examples = encode(self.task, questions, self.tokenizer, length, answered=False)
+        self.base.require_known(examples)
         if self.task.generation is not None:
             return Writer(self.tokenizer, self.task.generation).write(self.base, examples)
         assert isinstance(self.task, Task)  # what an assistant says is always written

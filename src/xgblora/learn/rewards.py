@@ -95,7 +95,7 @@ def reward_file(name: str) -> Path | None:
     _look_here()
     try:
         spec = importlib.util.find_spec(name.partition(":")[0])
-    except (ImportError, ValueError):
+    except (Exception, SystemExit):  # a package runs its own code when it is looked into
         return None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
@@ -112,7 +112,7 @@ def _imported(name: str) -> RewardFunction:
     _look_here()
     try:
         value = vars(importlib.import_module(module)).get(function)
-    except Exception as error:  # whatever somebody's module raises when it is imported
+    except (Exception, SystemExit) as error:  # whatever somebody's module raises when it is imported
         raise XgbloraError(f"--reward {name}: cannot import {module}: {_summary(error)}") from error
     if not callable(value):
         what = f"has no {function}" if value is None else f"means no function by {function}, but {type(value).__name__}"
@@ -208,7 +208,7 @@ class Reward(Loss):
         """What a completion is worth."""
         try:
             value = float(self.function(self._text(example.prompt), completion, example))
-        except Exception as error:  # somebody else's function may raise anything
+        except (Exception, SystemExit) as error:  # somebody else's function may raise anything
             raise XgbloraError(f"the reward fails for the completion {completion[:60]!r}: {_summary(error)}") from error
         if not math.isfinite(value):
             raise XgbloraError(f"the reward of the completion {completion[:60]!r} is {value}: it must be finite")
@@ -219,6 +219,6 @@ class Reward(Loss):
         return text.strip()
 
 
-def _summary(error: Exception) -> str:
+def _summary(error: BaseException) -> str:
     """The kind and the beginning of an exception's message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

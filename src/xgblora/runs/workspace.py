@@ -79,7 +79,10 @@ class Workspace:
         self._zero_shot: Scores | None = None
 
     def _encode(self, rows: Dataset, demonstrations: Sequence[Any] = ()) -> list[Example]:
-        return encode(self.task, rows, self.tokenizer, self._length, self._score_prompt, demonstrations=demonstrations)
+        task, length, scored = self.task, self._length, self._score_prompt
+        examples = encode(task, rows, self.tokenizer, length, scored, demonstrations=demonstrations)
+        self.base.require_known(examples)
+        return examples
 
     def require_serves(self, config: RunConfig) -> None:
         """Raise :class:`XgbloraError` where a run wants other training rows than these."""

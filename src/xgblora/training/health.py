@@ -84,6 +84,15 @@ class Meter:
     cost: Cost = field(default_factory=Cost)
     """Work of the run so far. Going back to an earlier state does not undo it."""
     health: Health = field(default_factory=Health)
+    applied: int = 0
+    """Steps of the run that were applied."""
+    applied_loss: float = 0.0
+    """Sum of their losses."""
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean loss over all applied steps of the run; None where there are none."""
+        return self.applied_loss / self.applied if self.applied else None
 
     def begin(self) -> None:
         """A micro-batch comes: of a new step, or of the one in progress."""
@@ -103,6 +112,8 @@ class Meter:
                 self.health.skipped += 1
             else:
                 self.health.observe(self.loss)
+                self.applied += 1
+                self.applied_loss += self.loss
 
     def line(self) -> dict[str, float]:
         """The means since the last line of the log, and a new beginning."""

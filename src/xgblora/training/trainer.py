@@ -224,10 +224,14 @@ class Trainer(hf.HookedTrainer):
                 callback.on_dev_evaluation(self.state, evaluation.loss, evaluation.accuracy, reward)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log means over exactly the steps since the last line, also where the run was resumed between two lines."""
+        """Log means over exactly the steps since the last line, at the end over all, also where the run was resumed."""
         if "loss" in logs:
             del logs["loss"]
             logs |= self.meter.line()
+        if "train_loss" in logs:  # at the end: transformers knows the steps and the times since the last start alone
+            logs = {"total_flos": logs["total_flos"]}
+            if (mean := self.meter.mean_loss) is not None:
+                logs["train_loss"] = mean
         super().log(logs, start_time)
 
     def save_adapters(self, folder: Path) -> None:
@@ -253,7 +257,9 @@ class Trainer(hf.HookedTrainer):
         remove_sealed(folder, FILES)  # one that was damaged, and is now made again
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self._write_adapters(work)
-            progress = {"health": self.meter.health.state(), "bad_steps": self.meter.bad_steps}
+            meter = self.meter
+            progress = {"health": meter.health.state(), "bad_steps": meter.bad_steps}
+            progress |= {"applied": meter.applied, "applied_loss": meter.applied_loss}
             progress["stopped"] = self.control.should_training_stop and state.global_step < state.max_steps
             write_training_state(work, self.optimizer, self.lr_scheduler, progress)
             for callback in (*self.callback_handler.callbacks, self.control):
@@ -272,6 +278,7 @@ class Trainer(hf.HookedTrainer):
     def load_training_state(self, checkpoint: Path) -> None:
         progress = read_training_state(checkpoint, self.optimizer, self.lr_scheduler)
         self.meter.health, self.meter.bad_steps = Health(**progress["health"]), progress["bad_steps"]
+        self.meter.applied, self.meter.applied_loss = progress["applied"], progress["applied_loss"]
         self._stopped = progress["stopped"]
 
     def load_random_numbers(self, checkpoint: Path) -> None:

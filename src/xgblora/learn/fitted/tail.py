@@ -51,7 +51,11 @@ class Tail(nn.Module):
             computed = self(observation.last.float())
         except Exception:  # one of them takes more than a hidden state
             computed = observation.last.new_zeros(0)
-        if computed.shape != expected.shape or not torch.allclose(computed, expected.float(), rtol=0.02, atol=0.02):
+        if (
+            observation.last.shape[-1] != base.width
+            or computed.shape != expected.shape
+            or not torch.allclose(computed, expected.float(), rtol=0.02, atol=0.02)
+        ):
             raise XgbloraError(
                 f"--recipe boost cannot follow what {type(base.model).__name__} does after its last layer: use "
                 "--recipe classic"

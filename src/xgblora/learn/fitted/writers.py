@@ -10,7 +10,7 @@ from xgblora.base import Base
 from xgblora.errors import XgbloraError, naming
 from xgblora.learn.fitted.tail import short_batch
 
-ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense")
+ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense")
 """How architectures call the layer that writes a block's attention to the residual stream."""
 
 MLP_WRITERS = ("down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h")
