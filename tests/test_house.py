@@ -91,7 +91,7 @@ def test_refused_flags_are_one_line(name: str) -> None:
 
 
 def test_a_flag_that_takes_a_text_or_false_takes_any_text() -> None:
-    config = RunConfig(output_dir="unused", use_cpu=True, report_to="trackio", trackio_static_space_id="me/curves")
+    config = RunConfig(output_dir="unused", use_cpu=True, trackio_static_space_id="me/curves")
     assert config.trackio_static_space_id == "me/curves"
 
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except XgbloraError as error:
         return _fail(str(error))
     except OSError as error:  # a full disk, a read-only folder
-        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except Interrupted as stop:
         again = "the same command" + (" with --skip_completed" if verb in ("compare", "boost") else "")
         print(f"{stop}; {again} goes on at the last checkpoint", file=sys.stderr)

@@ -30,8 +30,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _sync(work)
         work.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:  # a full disk does not say which file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         work.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise :class:`XgbloraError` where a file could not be written, folders on the way included."""
+    there = next(place for place in (path.parent, *path.parent.parents) if place.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise XgbloraError(f"{path} cannot be written: choose another file")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -87,6 +97,9 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         _sync_folder(folder.parent)
     except SafetensorError as error:  # its way to say that the disk is full
         raise _as_os_error(error, folder) from error
+    except OSError as error:  # nor does it here
+        error.filename = error.filename or str(folder)
+        raise
     finally:
         if former.exists() and not folder.exists():
             former.rename(folder)

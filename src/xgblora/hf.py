@@ -4,6 +4,7 @@ What is overridden is checked when this module is imported, so that another vers
 line, and not by a step that silently no longer happens.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,35 @@ class HookedTrainer(transformers.Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
+
+
+def try_optimizer(args: TrainingArguments) -> str | None:
+    """Make the optimizer and the learning-rate schedule that ``args`` ask for, of a single number.
+
+    Returns:
+        Why they cannot be made, or which of ``args.optim_args`` does nothing; None where all is well.
+    """
+    number = torch.nn.Parameter(torch.zeros(1, 1))
+    optim, schedule_name = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
+    try:
+        kind, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([number], **settings)
+        number.grad = torch.zeros_like(number)
+        optimizer.step()
+    except Exception as error:  # a package is missing, a value is refused, the model is wanted: of many kinds
+        return f"--optim {optim}: {error}"
+    if args.optim_args:
+        without = copy.copy(args)
+        for part in args.optim_args.split(","):
+            without.optim_args = ",".join(other for other in args.optim_args.split(",") if other != part)
+            if transformers.Trainer.get_optimizer_cls_and_kwargs(without) == (kind, settings):
+                return f"--optim_args {part} has no effect with --optim {optim}"
+    try:
+        schedule = dict(args.lr_scheduler_kwargs or {})
+        transformers.get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=schedule)
+    except Exception as error:  # settings that it does not know, or lacks
+        return f"--lr_scheduler_type {schedule_name}: {error} (set --lr_scheduler_kwargs)"
+    return None
 
 
 def use_one_device(args: TrainingArguments) -> None:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xgblora.adapters.linear import AdaptedLinear, Probe
+from xgblora.adapters.linear import AdaptedLinear, Probe, linear_shape
 from xgblora.adapters.targets import choose_targets
 from xgblora.base import Base
 from xgblora.base.swap import swap
@@ -285,6 +285,9 @@ def attach(
         base_model_name_or_path=base.model.config.name_or_path or None,
     )
     targets = choose_targets(base, target_modules, peft_config)
+    largest = max(min(linear_shape(layer) or (1, 1)) for layer in targets.values())
+    if rank > largest:
+        raise XgbloraError(f"the rank of an adapter is at most {largest} in these layers, got {rank}")
     base.model.requires_grad_(False)
     logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", rank, alpha, xgblora)
     fingerprint = base.fingerprint()

@@ -14,6 +14,7 @@ from huggingface_hub import constants as hub_constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from xgblora.base.header import other_shape, require_few_layers, require_whole_header
 from xgblora.config import EMBEDDED_MODEL
 from xgblora.errors import XgbloraError, one_line
 from xgblora.files import digest, package_file
@@ -75,6 +76,7 @@ def _read_part(reader: Any, name: str, trusted: bool) -> Any:
     if name == EMBEDDED_MODEL:
         return reader.from_pretrained(str(_converted(embedded_model_file())))
     if (path := Path(name)).suffix.lower() == ".gguf":
+        require_whole_header(path)
         return reader.from_pretrained(str(path.parent), gguf_file=path.name)
     return reader.from_pretrained(name, trust_remote_code=trusted)
 
@@ -84,8 +86,10 @@ def _reading(what: str, name: str) -> Iterator[None]:
     """Readers raise errors of many kinds for a missing, corrupt or foreign file: turn them all into one line."""
     try:
         yield
-    except XgbloraError:
-        raise
+    except XgbloraError as error:
+        if name in str(error):
+            raise
+        raise XgbloraError(f"cannot load the {what} {name!r}: {error}") from error
     except Exception as error:
         reason = one_line(error, 300)
         if "trust_remote_code=True" in str(error):
@@ -125,9 +129,19 @@ def _read_folder(name: str, dtype: torch.dtype, trusted: bool = False) -> tuple[
     looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise XgbloraError(f"the model folder {name} does not exist")
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    settings, _ = PreTrainedConfig.get_config_dict(name)
+    require_few_layers(settings)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        with torch.device("meta"):
+            hollow = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, trust_remote_code=trusted))
+        where = other_shape(Path(name), hollow) or "its weights are not what its config.json says"
+        raise XgbloraError(f"cannot use the model {name!r}: {where}") from error
     _require_whole(model, report)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
 
@@ -137,11 +151,9 @@ def _require_whole(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
 
     What a model for pictures or sound holds beside its language model may be left over.
     """
-    other = [f"{name} is {theirs} there, {ours} in the model" for name, theirs, ours in report["mismatched_keys"]]
     left = [] if model.config.sub_configs else sorted(report["unexpected_keys"])
     for what, names in {
         "its file lacks {}": sorted(report["missing_keys"]),
-        "weights of another shape: {}": sorted(other),
         "its file holds weights that the model has no place for: {}": left,
     }.items():
         if names:
@@ -150,8 +162,7 @@ def _require_whole(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
-    if not path.is_file():
-        raise XgbloraError(f"the model file {path} does not exist")
+    require_whole_header(path)
     logger.info("Dequantising %s (once a run)", path.name)
     source, report = AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True

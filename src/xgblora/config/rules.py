@@ -1,9 +1,13 @@
 """Which settings are refused: values out of range, flags where they cannot work, flags that contradict each other."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from transformers.integrations import get_available_reporting_integrations
 
 from xgblora.config.flag import Needs, default_of
 from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
@@ -12,7 +16,8 @@ from xgblora.errors import XgbloraError
 
 def check(config: Any) -> None:
     """Raise :class:`XgbloraError` with the first reason why ``config``, a :class:`RunConfig`, cannot work."""
-    for message in (*_unsupported(config), *_out_of_range(config), *_out_of_place(config), *_contradictions(config)):
+    messages = _unsupported(config), _unwritable(config), _out_of_range(config), _out_of_place(config)
+    for message in chain(*messages, _contradictions(config)):
         raise XgbloraError(message)
 
 
@@ -22,6 +27,18 @@ def _unsupported(config: Any) -> Iterator[str]:
         value, default = getattr(config, name), defaults[name]
         if value != default and (value or default):  # the parser makes a list of an empty text
             yield f"--{name} is not supported: {reason}"
+
+
+def _unwritable(config: Any) -> Iterator[str]:
+    """Values that no file name, and no JSON file, can hold."""
+    for name, value in config.asked.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(part, str) and "\0" in part for part in parts):
+            yield f"--{name} holds a zero byte"
+        if any(isinstance(part, str) and not part for part in parts) and isinstance(value, (list, tuple)):
+            yield f"--{name} holds an empty name"
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts) and not FLAGS[name].checks:
+            yield f"--{name} must be a finite number, got {value}"
 
 
 def _out_of_range(config: Any) -> Iterator[str]:
@@ -81,12 +98,25 @@ def _contradictions(config: Any) -> Iterator[str]:
         config.eval_strategy != "no" or config.load_best_model_at_end or config.early_stopping_boosters
     ):
         yield "evaluation during training needs development examples: set --num_dev above 0"
+    metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
+    metrics = ["loss", "accuracy", *(["reward"] if config.objective == "reward" else [])]
+    if metric not in metrics:
+        yield f"--metric_for_best_model must be one of {', '.join(metrics)}, got {config.metric_for_best_model}"
+    yield from _unavailable(config)
     if config.xgblora_use_adaptive_merge:
         for name, most in (("xgblora_steps_per_iteration", 0), ("xgblora_merge_frequency", 1)):
             if getattr(config, name) > most:
                 yield f"--xgblora_use_adaptive_merge and --{name} are two merge schedules: give one"
         if 0 < config.xgblora_max_steps_per_adapter < config.xgblora_min_steps_per_adapter:
             yield "--xgblora_max_steps_per_adapter is below --xgblora_min_steps_per_adapter"
+
+
+def _unavailable(config: Any) -> Iterator[str]:
+    """Loggers whose package is not installed."""
+    asked = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    for name in asked or []:
+        if name not in ("all", "none", *get_available_reporting_integrations()):
+            yield f"--report_to {name} is not known, or its package is not installed (python -m pip install {name})"
 
 
 def too_few_rows(config: Any, rows: int) -> str | None:

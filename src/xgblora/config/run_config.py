@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from xgblora import hf
 from xgblora.config.describe import warn_rank
 from xgblora.config.flag import default_of
 from xgblora.config.flags import Flags
@@ -45,6 +46,8 @@ class RunConfig(Flags):
         except Exception as error:  # of many kinds: files that flags name, versions that they want
             raise XgbloraError(one_line(error, 1000)) from error
         self.torch_compile = compile_layers
+        if self.trainer != "none" and (problem := hf.try_optimizer(self)):
+            raise XgbloraError(problem)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to copy to; it would only warn
 
@@ -79,6 +82,8 @@ class RunConfig(Flags):
             self.output_dir = f"runs/{self.task_name}_{self.method}_seed{self.seed}"
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        if str(self.resume_from_checkpoint).lower() == "false":
+            self.resume_from_checkpoint = None
         if self.disable_tqdm is None:
             self.disable_tqdm = False
         if self.data_seed is None:

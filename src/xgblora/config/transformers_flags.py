@@ -16,6 +16,8 @@ BEST = Applies(
 CLASSIC = Applies(lambda c: c.recipe == "classic", "with --recipe boost")
 ONE_STEP = Needs(lambda c: c.recipe == "classic", "has no place in --recipe boost, where a booster is one step")
 WORKERS = Applies(lambda c: c.dataloader_num_workers > 0, "without --dataloader_num_workers")
+SEED = Check(lambda value: 0 <= value < 2**32, "0 to 4294967295")
+BETA = Check(lambda value: 0 <= value < 1, "at least 0 and below 1")
 WATCHED = Flag(identity=False)
 ON_WORKERS = Flag(WORKERS, identity=False)
 ON_TRACKIO = Flag(TRACKIO, identity=False)
@@ -28,23 +30,28 @@ def _each(table: dict[str, Any]) -> dict[str, Any]:
 
 ALLOWED: dict[str, Flag] = _each(
     {
-        "adam_beta1 adam_beta2 adam_epsilon": Flag(CLASSIC, ADAM),
+        "adam_beta1 adam_beta2": Flag(CLASSIC, ADAM, BETA),
+        "adam_epsilon": Flag(CLASSIC, ADAM, NOT_NEGATIVE),
         "bf16 fp16": WATCHED,  # the same as --load_bfloat16 and --load_float16, which decide
-        "data_seed dataloader_drop_last full_determinism num_train_epochs tf32 use_cpu": Flag(),
+        "data_seed seed": Flag(SEED),
+        "dataloader_drop_last full_determinism num_train_epochs tf32 use_cpu": Flag(),
         "dataloader_in_order": Flag(WORKERS),
-        "dataloader_multiprocessing_context dataloader_persistent_workers dataloader_prefetch_factor": ON_WORKERS,
-        "dataloader_num_workers dataloader_pin_memory": WATCHED,
+        "dataloader_multiprocessing_context dataloader_persistent_workers": ON_WORKERS,
+        "dataloader_prefetch_factor": Flag(WORKERS, at_least(1), identity=False),
+        "dataloader_num_workers": Flag(NOT_NEGATIVE, identity=False),
+        "dataloader_pin_memory": WATCHED,
         "disable_tqdm include_num_input_tokens_seen log_level output_dir resume_from_checkpoint run_name": WATCHED,
         "eval_delay eval_on_start": Flag(EVALUATES),
         "eval_steps": Flag(POSITIVE),
         "gradient_accumulation_steps": Flag(at_least(1), ONE_STEP),
         "greater_is_better metric_for_best_model": Flag(BEST),
         "load_best_model_at_end logging_first_step logging_strategy save_strategy": Flag(),
-        "lr_scheduler_kwargs warmup_steps": Flag(CLASSIC, SCHEDULED),
-        "optim_args weight_decay": Flag(CLASSIC),
+        "lr_scheduler_kwargs": Flag(CLASSIC, SCHEDULED),
+        "warmup_steps": Flag(CLASSIC, SCHEDULED, NOT_NEGATIVE),
+        "optim_args": Flag(CLASSIC),
+        "weight_decay": Flag(CLASSIC, NOT_NEGATIVE),
         "per_device_eval_batch_size": Flag(at_least(1)),
         "project trackio_bucket_id trackio_space_id trackio_static_space_id": ON_TRACKIO,
-        "seed": Flag(NOT_NEGATIVE),
         "train_sampling_strategy": Flag(
             Check(
                 lambda value: value in ("random", "sequential"), "random or sequential (rows hold no padding to save)"

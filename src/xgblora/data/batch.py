@@ -17,6 +17,9 @@ from torch import Tensor
 FILLING = 16
 """Packed rows of n to 2 n tokens, n a power of two, have one of this many token counts."""
 
+OPTION_TOKENS = 256
+"""Tokens of options in a packed row at most, or as many as its prompt has; more of them take further rows."""
+
 SHARED = 32
 """Tokens that all prompts of a batch must begin with before they are worth computing once."""
 
@@ -224,8 +227,11 @@ def build_batch(examples: Sequence[Example], packed: bool = True, share: bool = 
         prompt = len(example.prompt)
         row = -1
         for place, option in enumerate(example.options):
-            # A padded row has one option only: without the tree mask a second one would see the first.
-            if row < 0 or (not packed and (len(option) > 1 or len(rows[row]) > prompt)):
+            # A padded row has one option only: without the tree mask a second one would see the first. The mask grows
+            # with the square of a row: where options are many, another copy of their prompt costs less.
+            options_so_far = 0 if row < 0 else len(rows[row]) - (prompt - shared)
+            crowded = options_so_far > 0 and options_so_far + len(option) - 1 > max(prompt, OPTION_TOKENS)
+            if row < 0 or crowded or (not packed and (len(option) > 1 or options_so_far)):
                 row = new_row(segment, example.prompt)
             number = len(option_cell)
             option_cell.append(segment * max_options + place)

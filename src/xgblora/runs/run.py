@@ -12,8 +12,8 @@ from xgblora.adapters.boosters import Ledger, start_from
 from xgblora.adapters.files import require_lora
 from xgblora.base import Base
 from xgblora.config import RunConfig, banner, notes
-from xgblora.errors import XgbloraError
-from xgblora.files import write_atomically
+from xgblora.errors import XgbloraError, naming
+from xgblora.files import require_writable, verify, write_atomically
 from xgblora.learn.evaluate import Evaluation, score
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import require_observed, require_writers, residual_writers
@@ -59,8 +59,11 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
 
 
 def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> RunResult:
+    checkpoint = _checkpoint(config)
     if config.init_adapter and config.trainer != "none":
         require_lora(Path(config.init_adapter))
+    if config.result_file:
+        require_writable(Path(config.result_file))
     workspace = workspace or Workspace(config)
     workspace.require_serves(config)
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
@@ -80,7 +83,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
             prepare_folder(config, workspace.contents)
             with adapters.first(0):
                 workspace.zero_shot(config)
-            work = _train(config, workspace, ledger, stop)
+            work = _train(config, workspace, ledger, stop, checkpoint)
             scores = workspace.scores(config, "trained")
         finally:
             adapters.detach()
@@ -124,7 +127,24 @@ def attach_for(config: RunConfig, base: Base) -> Adapters:
     return adapters
 
 
-def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, stop: StopAtSignal) -> dict[str, Any]:
+def _checkpoint(config: RunConfig) -> Path | None:
+    """Where training goes on; None where it begins. Raises :class:`XgbloraError` where that is no checkpoint."""
+    asked, folder = config.resume_from_checkpoint, folder_of(config)
+    last = None if config.overwrite_output_dir else last_checkpoint(folder)
+    if not asked or config.trainer == "none":
+        return last
+    if asked.lower() == "true":
+        if last is None:
+            raise XgbloraError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
+        return last
+    with naming("--resume_from_checkpoint"):
+        verify(Path(asked))
+    return Path(asked)
+
+
+def _train(
+    config: RunConfig, workspace: Workspace, ledger: Ledger, stop: StopAtSignal, checkpoint: Path | None
+) -> dict[str, Any]:
     """Train, save the adapter, and say what it took."""
     folder = folder_of(config)
     trainer = Trainer(
@@ -138,7 +158,6 @@ def _train(config: RunConfig, workspace: Workspace, ledger: Ledger, stop: StopAt
     recorder = CurveRecorder(folder, ledger)
     trainer.add_callback(recorder)
     trainer.add_callback(stop)
-    checkpoint = config.resume_from_checkpoint or last_checkpoint(folder)
     if checkpoint is not None:
         logger.info("Resuming from %s", checkpoint)
     memory = PeakMemory(config.device)

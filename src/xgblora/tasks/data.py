@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset
 
 from xgblora.errors import XgbloraError, naming, one_line
 from xgblora.randomness import Stream, generator
+from xgblora.tasks.bounds import require_bounded, require_short_cells
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import SPLITS, Hub, Task
 
@@ -157,6 +158,7 @@ def _read_file(path: Path, task: Task | Chat) -> Dataset:
         raise XgbloraError(f"{path} is empty")
     if "::" in str(path):  # datasets would take it for one file system inside another
         raise XgbloraError(f"{path} cannot be read with :: in its name: rename it")
+    require_bounded(path)
     try:
         with _quiet_readers():
             rows: Dataset = load_dataset(READERS[path.suffix], data_files=glob.escape(str(path)), split="train")
@@ -169,6 +171,7 @@ def _read_file(path: Path, task: Task | Chat) -> Dataset:
         raise XgbloraError(f"cannot read {path}: {one_line(cause)}") from error
     if len(rows) == 0:
         raise XgbloraError(f"{path} has no rows")
+    require_short_cells(rows, path)
     for column in rows.column_names:
         try:  # the readers do not look into text: what is not UTF-8 would surface in the middle of a run
             rows.data.table[column].validate(full=True)

@@ -1,9 +1,9 @@
 """Rows to token ids: prompt and options, within the length that fits."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -14,6 +14,12 @@ from xgblora.tasks.chat import Chat
 from xgblora.tasks.task import Question, Task
 
 logger = logging.getLogger(__name__)
+
+MANY = 32
+"""So many options of a question are encoded once for all prompts that end alike."""
+
+SEAM = 8
+"""Characters that such prompts have in common at their ends."""
 
 BETWEEN = "\n\n"
 """Between demonstrations, and between the last one and the prompt."""
@@ -113,32 +119,52 @@ def _options(questions: list[Question], prompts: list[list[int]], tokenizer: Tok
     """Token ids of every question's options.
 
     They are taken from the encoding of prompt + option, where a tokenizer may treat the seam in its own way; alone
-    where the prompt's own tokens come out otherwise there.
+    where the prompt's own tokens come out otherwise there. Prompts that end alike share the tokens of an option: each
+    of them is encoded whole with its first option only, to see that they do.
     """
-    texts = [(question.prompt, option) for question in questions for option in question.options]
-    if not texts:  # answers that are to be written
-        return [[] for _ in questions]
-    joined = tokenizer([prompt + option for prompt, option in texts])["input_ids"]
-    alone = {option: tokenizer(option, add_special_tokens=False)["input_ids"] for option in {o for _, o in texts}}
-    ends = [0]
-    for question in questions:
-        ends.append(ends[-1] + len(question.options))
+    asked = list(zip(questions, prompts, strict=True))
+    few = iter(_behind([(q.prompt, ids, q.options) for q, ids in asked if len(q.options) < MANY], tokenizer))
+    known: dict[str, dict[str, list[int]]] = {}
+    tokens = []
+    for question, prompt in asked:
+        if len(question.options) < MANY:
+            tokens.append(next(few))
+            continue
+        shared = known.setdefault(question.prompt[-SEAM:], {})
+        new = [option for option in question.options if option not in shared] or [question.options[0]]
+        (fresh,) = _behind([(question.prompt, prompt, new)], tokenizer)
+        if new[0] in shared and fresh != [shared[new[0]]]:  # it comes out otherwise behind this prompt
+            tokens += _behind([(question.prompt, prompt, question.options)], tokenizer)
+            continue
+        shared.update(zip(new, fresh, strict=True))
+        tokens.append([shared[option] for option in question.options])
+    return tokens
+
+
+def _behind(parts: Sequence[tuple[str, list[int], Sequence[str]]], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Tokens of the options of some prompts, which are given as text and as tokens."""
+    texts = [prompt + option for prompt, _, options in parts for option in options]
+    if not texts:
+        return [[] for _ in parts]
+    alone = sorted({option for _, _, options in parts for option in options})
+    by_itself = dict(zip(alone, tokenizer(alone, add_special_tokens=False)["input_ids"], strict=True))
+    joined = iter(tokenizer(texts)["input_ids"])
     return [
         [
-            ids[len(prompt) :] if ids[: len(prompt)] == prompt else alone[option]
-            for option, ids in zip(question.options, joined[start:stop], strict=True)
+            ids[len(prompt) :] if ids[: len(prompt)] == prompt else by_itself[option]
+            for option, ids in zip(options, joined, strict=False)
         ]
-        for question, prompt, (start, stop) in zip(questions, prompts, pairwise(ends), strict=True)
+        for _, prompt, options in parts
     ]
 
 
 def _fitting(prompt: list[int], question: Question, options: list[list[int]], max_length: int, first: int) -> list[int]:
     """The prompt, or its end where it is too long for its options; the ``first`` tokens stay."""
-    for place, (option, ids) in enumerate(zip(question.options, options, strict=True)):
+    places: dict[tuple[int, ...], str] = {}
+    for option, ids in zip(question.options, options, strict=True):
         if not ids:
             raise XgbloraError(f"the option {option!r} has no tokens in this model's vocabulary")
-        if ids in options[:place]:
-            other = question.options[options.index(ids)]
+        if (other := places.setdefault(tuple(ids), option)) != option:
             raise XgbloraError(f"the options {other!r} and {option!r} have equal tokens")
     longest = max((len(option) for option in options), default=0)
     room = max_length - longest

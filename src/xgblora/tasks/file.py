@@ -7,6 +7,7 @@ from typing import Any, get_args
 import yaml
 
 from xgblora.errors import XgbloraError, one_line
+from xgblora.tasks.bounds import LARGEST_TASK_FILE, load_yaml
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.data import READERS
 from xgblora.tasks.task import SPLITS, Generation, Hub, Metric, Source, Task
@@ -39,13 +40,18 @@ def load_task(path: str | Path) -> Task | Chat:
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+        content = load_yaml(_text(path))
         return _task(content, path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or one_line(error, 1000)
         raise XgbloraError(f"cannot read the task file {path}: {reason}") from error
     except XgbloraError as error:
         raise XgbloraError(f"task file {path}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    with path.open(encoding="utf-8-sig") as file:
+        return file.read(LARGEST_TASK_FILE + 1)
 
 
 def _task(content: Any, path: Path) -> Task | Chat:
@@ -119,8 +125,8 @@ def _generation(content: Any) -> Generation:
 
 
 def _whole(key: str, value: Any) -> int:
-    if not str(value).isdecimal():
-        raise XgbloraError(f"{key} is a whole number, not {value!r}")
+    if not str(value).isdecimal() or len(str(value)) > 18:
+        raise XgbloraError(f"{key} is a whole number, not {value!r:.40}")
     return int(value)
 
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
 
 from xgblora.errors import XgbloraError
-from xgblora.tasks.templates import Compiled, columns_of, columns_of_expression, columns_seen, printed
+from xgblora.tasks.sandbox import printed
+from xgblora.tasks.templates import Compiled, columns_of, columns_of_expression, columns_seen
 
 SPLITS = ("train", "validation", "test")
 """Names of data files in a ``--data_dir``, without their ending."""
@@ -147,6 +148,12 @@ class Task:
         else:
             templates = [Compiled("options", self.name, text) for text in self.options]
             compiled["options"] = lambda columns: [template(columns) for template in templates]
+            if not any(map(columns_of, self.options)):  # the same for all rows
+                fixed = cache(lambda: tuple(template({}) for template in templates))
+                compiled["options"] = lambda columns: fixed()
+        if columns_of(self.option) == {"option"}:
+            around = lru_cache(maxsize=100_000)(lambda text: made({"option": text}))
+            made, compiled["option"] = compiled["option"], lambda columns: around(columns["option"])
         return compiled
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -175,9 +182,9 @@ class Task:
         texts = [_text(made["option"](values | {"option": text}), "an option") for text in given]
         if len(texts) < 2:
             raise XgbloraError(f"a question needs at least 2 options, got {len(texts)}")
-        for place, text in enumerate(texts):
-            if text in texts[:place]:
-                raise XgbloraError(f"the option {text!r} is there twice")
+        if len(set(texts)) < len(texts):
+            twice = next(text for place, text in enumerate(texts) if text in texts[:place])
+            raise XgbloraError(f"the option {twice!r} is there twice")
         correct = self._correct(made["answer"](values), given, texts) if answered else ()
         null_prompt = made["null_prompt"](values).rstrip(" ")
         return Question(prompt, tuple(between + text for text in texts), correct, null_prompt=null_prompt)

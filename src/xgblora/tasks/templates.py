@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, Undefined, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, Undefined, meta
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, one_line
+from xgblora.tasks.sandbox import Sandbox, bounded, seen
 
 
 class _Empty(Undefined):
@@ -16,14 +16,7 @@ class _Empty(Undefined):
         raise XgbloraError(f"column {self._undefined_name!r} is empty")
 
 
-def printed(value: Any) -> Any:
-    """What a template may print: a list or an object is a column in another shape than its author believes."""
-    if isinstance(value, (list, tuple, dict)):
-        raise XgbloraError(f"a template prints {str(value)[:60]}, which is no text")
-    return value
-
-
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=printed)
+_ENVIRONMENT = Sandbox()
 
 
 def columns_of(template: str) -> set[str]:
@@ -56,7 +49,8 @@ class Compiled:
     def __call__(self, columns: Mapping[str, Any]) -> Any:
         """Its value for :func:`columns_seen` of a row. Raises :class:`XgbloraError` where it has none."""
         try:
-            value = self._call(**columns)
+            with bounded():
+                value = self._call(**columns)
             for one in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(one, Undefined):
                     str(one)  # an expression's own value is not looked at by Jinja; this raises, and names what it is
@@ -64,12 +58,12 @@ class Compiled:
         except XgbloraError:
             raise
         except Exception as error:  # a template may fail in any way that Python can
-            raise XgbloraError(f"{self.field} cannot be made: {' '.join(str(error).split())}") from error
+            raise XgbloraError(f"{self.field} cannot be made: {one_line(error)}") from error
 
 
 def columns_seen(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Those columns of a row that are there, as templates see them."""
-    return {name: _Empty(name=name) if _is_empty(row[name]) else row[name] for name in names if name in row}
+    return {name: _Empty(name=name) if _is_empty(row[name]) else seen(row[name]) for name in names if name in row}
 
 
 def _is_empty(value: Any) -> bool:

@@ -142,7 +142,7 @@ def rotate(run: Path, step: int, limit: int | None, best: Path | None) -> None:
     The one of ``step``, just written, stays, and so does the best. Later steps, which a run that went back has yet to
     reach again, go first, then the earliest. Of each, only files of ours are removed.
     """
-    if not limit:
+    if limit is None or limit <= 0:
         return
     kept = {folder for folder in (checkpoint_folder(run, step), best) if folder is not None}
     others = [folder for folder in checkpoints(run) if folder not in kept]
