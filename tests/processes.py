@@ -17,9 +17,11 @@ from xgblora.cli import main
 STEPS = 40
 EVERY_STEP = f"--max_steps {STEPS} --save_steps 3 --eval_steps 4 --logging_steps 2 --learning_rate 1e-2 --zo_eps 1e-2"
 
-_context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
-    _context.set_forkserver_preload(["xgblora.cli"])  # imported once: what is killed is a run, not an import
+    CONTEXT.set_forkserver_preload(
+        ["xgblora.cli", "pyarrow.parquet"]
+    )  # imported once: what is killed is a run, not an import
 
 
 def _command(argv: list[str], log: str) -> None:
@@ -30,7 +32,7 @@ def _command(argv: list[str], log: str) -> None:
 
 def start(argv: list[str], log: Path) -> Any:
     """The command in a process of its own, what it says in ``log``."""
-    process = _context.Process(target=_command, args=(argv, str(log)))
+    process = CONTEXT.Process(target=_command, args=(argv, str(log)))
     process.start()
     return process
 

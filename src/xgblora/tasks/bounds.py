@@ -22,7 +22,7 @@ MOST_COLUMNS = 10_000
 LARGEST_PARQUET = 2**32
 """Bytes that a Parquet file unpacks to."""
 
-LARGEST_TASK_FILE = 1_000_000
+LARGEST_TASK_FILE = 200_000
 """Characters of a task file; and values in it, where an alias stands for all that it repeats."""
 
 
