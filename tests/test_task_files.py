@@ -213,12 +213,12 @@ def test_a_task_file_that_is_no_text_is_one_line(refused: Callable[[Path], str],
     assert "cannot read the task file" in refused(tmp_path / "mine.yaml")
 
 
-def test_a_line_of_100_megabytes_is_read(tmp_path: Path) -> None:
-    """It is slow, not wrong: the prompt keeps its end."""
-    long = json.dumps({"text": "word " * 20_000_000, "label": 1}) + "\n"
+def test_a_long_text_is_read(tmp_path: Path) -> None:
+    """The prompt keeps its end."""
+    long = json.dumps({"text": "word " * 199_999, "label": 1}) + "\n"
     question = first_question(write(tmp_path, train=long + ROW))
     assert question.prompt.endswith("word  It is") or question.prompt.endswith("word It is")
-    assert len(question.prompt) > 99_000_000
+    assert len(question.prompt) > 999_000
 
 
 def test_options_too_long_for_the_context_are_one_line(refused: Callable[[Path], str], tmp_path: Path) -> None:

@@ -50,20 +50,18 @@ def load_yaml(text: str) -> Any:
         raise XgbloraError(f"it has more than {LARGEST_TASK_FILE:,} characters")
     try:
         content = yaml.load(text, yaml.BaseLoader)
-        if _values(content, {}, ()) > LARGEST_TASK_FILE:
+        if _values(content, {}) > LARGEST_TASK_FILE:
             raise XgbloraError(f"its aliases make more than {LARGEST_TASK_FILE:,} values")
     except RecursionError as error:
         raise XgbloraError("its brackets lie too deep in one another") from error
     return content
 
 
-def _values(content: Any, known: dict[int, int], around: tuple[int, ...]) -> int:
+def _values(content: Any, known: dict[int, int]) -> int:
     """How many values there are, each as often as an alias repeats it."""
-    if id(content) in around:
-        raise XgbloraError("an alias stands inside of what it repeats")
     if id(content) not in known:
         parts = content if isinstance(content, list) else list(content.values()) if isinstance(content, dict) else []
-        known[id(content)] = 1 + sum(_values(part, known, (*around, id(content))) for part in parts)
+        known[id(content)] = 1 + sum(_values(part, known) for part in parts)
     return known[id(content)]
 
 
