@@ -86,7 +86,6 @@ SIZES_OF: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": None},
     "gemma4_text": {"num_kv_shared_layers": 0, "global_head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "bert": {"is_decoder": True},
 }
 """What an architecture needs beside, or not at all (None)."""
 

@@ -38,6 +38,7 @@ EVERY_BOOSTER = "--eval_strategy steps"
 FILES = (
     "training_loss.jsonl",
     "eval_loss.jsonl",
+    "trainer_state.json",
     *(f"adapter/{n}" for n in ("adapter_model.safetensors", "ledger.json")),
 )
 
@@ -189,6 +190,78 @@ def test_two_runs_on_one_folder(command: Callable[[str, Path], list[str]], tmp_p
     assert (folder / "run.lock").is_file()
     finish(command("per example, steps", folder), log)  # the lock of a dead process stands in nobody's way
     assert not (folder / "run.lock").exists()
+
+
+TIMES = {"seconds", "seconds_per_step", "training_seconds", "peak_memory_mb", "sha256"}
+"""Entries of JSON files that differ from run to run: what a clock shows, and paths and digests of files with those."""
+
+
+def timeless(content: Any) -> Any:
+    """A JSON value without TIMES, and without what follows from them."""
+    if isinstance(content, dict):
+        return {key: timeless(value) for key, value in content.items() if not any(time in key for time in TIMES)}
+    return [timeless(value) for value in content] if isinstance(content, list) else content
+
+
+def same_tree(whole: Path, other: Path) -> None:
+    """Every file of two folders, byte by byte, but for times in JSON files and what pictures show of them."""
+    names = [
+        sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()) for root in (whole, other)
+    ]
+    assert names[0] == names[1]
+    assert not [name for name in names[0] if ".part" in name]
+    for name in names[0]:
+        contents = [(root / name).read_bytes() for root in (whole, other)]
+        for root in (whole, other):
+            contents = [content.replace(bytes(root), b"ROOT") for content in contents]
+        if name.endswith(".json"):
+            first, second = (timeless(json.loads(content)) for content in contents)
+            assert first == second, name
+        elif not name.endswith((".png", ".part")):
+            assert contents[0] == contents[1], name
+
+
+VERBS = {
+    "compare": "compare --seeds 0 --methods lora xgblora --lora_rank 1 --skip_completed --output_root ROOT/out",
+    "boost": "boost --seeds 0 1 --xgblora_steps_per_iteration 7 --skip_completed --output_root ROOT/out",
+    "stages": "stages ROOT/run",
+    "export": "export ROOT/run --output ROOT/out",
+    "merged": "export ROOT/run --format merged --output ROOT/out",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process that imports torch for every kill takes too long")
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=pytest.mark.soak if n >= len(VERBS) else ()) for n in range(50)]
+)
+def test_a_verb_that_is_killed_ends_as_if_it_had_not_been(
+    number: int, command: Callable[[str, Path], list[str]], small: list[str], tmp_path: Path
+) -> None:
+    verb = list(VERBS)[number % len(VERBS)]
+    draw, log = random.Random(number), tmp_path / "log.txt"
+    whole, killed = tmp_path / "whole", tmp_path / "again"
+    trains = verb in ("compare", "boost")
+    whole.mkdir()
+    if not trains:
+        finish(command("per example, steps", whole / "run"), log)
+    shutil.copytree(whole, killed)
+
+    def argv(root: Path) -> list[str]:
+        return [*VERBS[verb].replace("ROOT", str(root)).split(), *([*EVERY_STEP.split(), *small] if trains else [])]
+
+    begun = time.monotonic()
+    finish(argv(whole), log)
+    seconds = time.monotonic() - begun
+    for _ in range(KILLS):
+        process = start(argv(killed), log)
+        process.join(draw.uniform(0.05, 0.95) * seconds)
+        process.kill()
+        process.join()
+        if (killed / "out").exists() and not trains:
+            break  # an export that is there is refused
+    if trains or verb == "stages" or not (killed / "out").exists():
+        finish(argv(killed), log)
+    same_tree(whole, killed)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process that imports torch for every kill takes too long")

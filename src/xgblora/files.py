@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from xgblora.errors import XgbloraError
@@ -30,6 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _sync(work)
         work.replace(path)
         _sync_folder(path.parent)
+        _remove_abandoned(path.parent, f"{path.name}.")
     except OSError as error:  # a full disk does not say which file
         error.filename = error.filename or str(path)
         raise
@@ -95,6 +97,7 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
             folder.rename(former)
         work.rename(folder)
         _sync_folder(folder.parent)
+        _remove_abandoned(folder.parent, f".{folder.name}.")
     except SafetensorError as error:  # its way to say that the disk is full
         raise _as_os_error(error, folder) from error
     except OSError as error:  # nor does it here
@@ -179,6 +182,22 @@ def seal(fingerprint: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str
     return content | {"sha256": {**digests, MANIFEST: manifest_digest}}
 
 
+def _remove_abandoned(folder: Path, beginning: str) -> None:
+    """Remove what writers of one file or folder left whose processes are gone; the file itself is whole by now."""
+    for leftover in list(folder.iterdir()):
+        if leftover.name.startswith(beginning) and is_part(leftover):
+            writer = leftover.name.removeprefix(beginning).partition(".")[0]
+            if writer.isdigit() and not psutil.pid_exists(int(writer)):
+                _remove(leftover)
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
 def is_part(file: Path) -> bool:
     """Whether a file or a folder is what a writer of ours had not finished."""
     return re.search(rf"\.\d+(\.former)?{re.escape(PART)}$", file.name) is not None
@@ -186,11 +205,8 @@ def is_part(file: Path) -> bool:
 
 def remove_parts(folder: Path) -> None:
     """Remove what killed writers left in ``folder``. No writer may be at work there."""
-    for leftover in filter(is_part, folder.iterdir()):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+    for leftover in list(filter(is_part, folder.iterdir())):
+        _remove(leftover)
 
 
 def package_file(package: str, file: str, wheel: str) -> Path:

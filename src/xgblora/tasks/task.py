@@ -152,8 +152,11 @@ class Task:
                 fixed = cache(lambda: tuple(template({}) for template in templates))
                 compiled["options"] = lambda columns: fixed()
         if columns_of(self.option) == {"option"}:
+            made = compiled["option"]
             around = lru_cache(maxsize=100_000)(lambda text: made({"option": text}))
-            made, compiled["option"] = compiled["option"], lambda columns: around(columns["option"])
+            compiled["option"] = lambda columns: (
+                around(columns["option"]) if isinstance(columns["option"], str) else made(columns)
+            )
         return compiled
 
     def check(self, row: Mapping[str, Any]) -> None:

@@ -21,7 +21,12 @@ _ENVIRONMENT = Sandbox()
 
 def columns_of(template: str) -> set[str]:
     """The columns that a template is made of."""
-    return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+    return set() if is_plain(template) else meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+
+
+def is_plain(template: str) -> bool:
+    """Whether a template is the text that it makes: most options are, and there may be thousands of them."""
+    return "{" not in template and "\r" not in template
 
 
 def columns_of_expression(text: str) -> set[str]:
@@ -37,8 +42,12 @@ class Compiled:
 
     def __init__(self, field: str, task: str, text: str, expression: bool = False) -> None:
         self.field = field
+        self._call: Callable[..., Any]
+        if not expression and is_plain(text):
+            self._call = lambda **columns: text
+            return
         try:
-            self._call: Callable[..., Any] = (
+            self._call = (
                 _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
                 if expression
                 else _ENVIRONMENT.from_string(text).render

@@ -20,8 +20,6 @@ from xgblora.files import write_atomically
 
 TRAINING_LOSS = "training_loss.jsonl"
 EVAL_LOSS = "eval_loss.jsonl"
-WORK = "work"
-"""Where transformers' state of a run, which is part of a checkpoint, holds the seconds."""
 LOGGED = (
     "learning_rate",
     "projected_gradient_mean",
@@ -41,7 +39,7 @@ class CurveRecorder(TrainerCallback):
         self.ledger = ledger
         self.step_seconds: list[float] = []
         self.seconds = 0.0
-        """Of all steps so far, those before a resumption included."""
+        """Of all steps so far, those before a resumption included: a checkpoint keeps them."""
         self._started = 0.0
 
     def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -50,7 +48,6 @@ class CurveRecorder(TrainerCallback):
             path = self.folder / name
             kept = [line for line in read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
             write_atomically(path, partial(_write_lines, kept))
-        self.seconds = state.stateful_callbacks.get(WORK, {}).get("seconds", 0.0)
 
     def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._started = time.perf_counter()
@@ -58,7 +55,6 @@ class CurveRecorder(TrainerCallback):
     def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._started)
         self.seconds += self.step_seconds[-1]
-        state.stateful_callbacks[WORK] = {"seconds": self.seconds}  # for the checkpoint
 
     def on_log(
         self, args: RunConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -219,9 +219,13 @@ class Trainer(hf.HookedTrainer):
         """Note an evaluation on the development rows: in the ledger, in the record, and for early stopping."""
         self.ledger.note_evaluation(self.state.global_step, evaluation.loss, evaluation.accuracy)
         self.merging.on_dev_evaluation(self.args, self.control)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, CurveRecorder):
-                callback.on_dev_evaluation(self.state, evaluation.loss, evaluation.accuracy, reward)
+        if (recorder := self._recorder) is not None:
+            recorder.on_dev_evaluation(self.state, evaluation.loss, evaluation.accuracy, reward)
+
+    @property
+    def _recorder(self) -> CurveRecorder | None:
+        """What keeps the curves of a run; a training without a folder of its own has none."""
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, CurveRecorder)), None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log means over exactly the steps since the last line, at the end over all, also where the run was resumed."""
@@ -254,12 +258,14 @@ class Trainer(hf.HookedTrainer):
             best = checkpoint_folder(root, state.best_global_step)
             if best == folder or best.is_dir():
                 state.best_model_checkpoint = str(best)
+        self.store_flos()
         remove_sealed(folder, FILES)  # one that was damaged, and is now made again
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self._write_adapters(work)
             meter = self.meter
             progress = {"health": meter.health.state(), "bad_steps": meter.bad_steps}
             progress |= {"applied": meter.applied, "applied_loss": meter.applied_loss}
+            progress["seconds"] = self._recorder.seconds if self._recorder else 0.0
             progress["stopped"] = self.control.should_training_stop and state.global_step < state.max_steps
             write_training_state(work, self.optimizer, self.lr_scheduler, progress)
             for callback in (*self.callback_handler.callbacks, self.control):
@@ -280,6 +286,8 @@ class Trainer(hf.HookedTrainer):
         self.meter.health, self.meter.bad_steps = Health(**progress["health"]), progress["bad_steps"]
         self.meter.applied, self.meter.applied_loss = progress["applied"], progress["applied_loss"]
         self._stopped = progress["stopped"]
+        if self._recorder is not None:
+            self._recorder.seconds = progress["seconds"]
 
     def load_random_numbers(self, checkpoint: Path) -> None:
         read_random_numbers(checkpoint)
