@@ -267,7 +267,7 @@ def test_a_flag_without_an_effect_is_refused_with_the_reason(name: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     default = default_of(fields[name])
     kind = type(default) if default is not None else bool
-    value = not default if kind is bool else next(v for v in (7, "x", {"a": 1}, ["x"]) if isinstance(v, kind))
+    value = not default if kind is bool else next(v for v in (7, 0.5, "x", {"a": 1}, ["x"]) if isinstance(v, kind))
     with pytest.raises(XgbloraError, match=re.escape(f"--{name} is not supported: {REFUSED[name]}")):
         RunConfig(output_dir="unused", use_cpu=True, **{name: value})
 
