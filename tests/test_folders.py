@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import examples, train
-from processes import EVERY_STEP, STEPS, finish, start
+from processes import EVERY_STEP, STEPS, finish, limited, start, wait_for
 from xgblora.cli import main
 from xgblora.training.checkpoints import checkpoints, last_checkpoint
 
@@ -132,3 +134,66 @@ def test_links_are_not_followed(
     assert main(argv(folder, small, "--overwrite_output_dir")) == 2
     assert f"{folder / name} is a link" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in elsewhere.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files in use cannot be removed there")
+@pytest.mark.parametrize("name", ["", "training_loss.jsonl", "eval_loss.jsonl", "checkpoint-3"])
+def test_what_is_removed_while_a_run_is_at_work_is_missed(name: str, small: list[str], tmp_path: Path) -> None:
+    """A checkpoint may go: there are others. A curve may not come out shorter than it was."""
+    log, folder = tmp_path / "log.txt", tmp_path / "run"
+    flags = ["--save_total_limit", "50", "--max_steps", "400", "--logging_steps", "1"]
+    process = start(argv(folder, small, *flags), log)
+    wait_for(process, log, "at step 14")
+    if name and (folder / name).is_file():
+        (folder / name).unlink()
+    else:
+        shutil.rmtree(folder / name)
+    process.join(120)
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    if name == "checkpoint-3":
+        assert process.exitcode == 0
+    else:
+        assert process.exitcode == 2
+        assert last.startswith("error: ")
+        assert str(folder) in last
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+def test_a_run_that_was_stopped_for_a_while_ends_as_if_it_had_not_been(small: list[str], tmp_path: Path) -> None:
+    finish(argv(tmp_path / "whole", small), tmp_path / "whole.txt")
+    log, folder = tmp_path / "log.txt", tmp_path / "run"
+    process = start(argv(folder, small), log)
+    wait_for(process, log, "at step 7")
+    os.kill(process.pid, signal.SIGSTOP)
+    second = start(argv(folder, small), tmp_path / "second.txt")
+    second.join(60)
+    assert second.exitcode == 2  # a process that sleeps still holds its folder
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode == 0
+    for name in ("training_loss.jsonl", "eval_loss.jsonl", "trainer_state.json", "adapter/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mounts a disk")
+@pytest.mark.parametrize("verb", ["train", "compare", "export", "stages"])
+def test_every_verb_says_that_a_folder_is_read_only(
+    verb: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with limited(tmp_path / "disk", 3_000_000):
+        folder = tmp_path / "disk" / "run"
+        assert main(argv(folder, small, "--max_steps", "4", "--save_steps", "4")) == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        commands = {
+            "train": argv(folder, small, "--max_steps", "5", "--overwrite_output_dir"),
+            "compare": ["compare", "--output_root", str(tmp_path / "disk" / "out"), *EVERY_STEP.split(), *small],
+            "export": ["export", str(folder)],
+            "stages": ["stages", str(folder)],
+        }
+        before = sorted((tmp_path / "disk").rglob("*"))
+        capsys.readouterr()
+        assert main(commands[verb]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: Read-only file system")
+        assert err.count("\n") == 1
+        assert sorted((tmp_path / "disk").rglob("*")) == before

@@ -78,7 +78,9 @@ class CurveRecorder(TrainerCallback):
         self._append(EVAL_LOSS, entry if reward is None else entry | {"eval_reward": reward})
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8", newline="\n") as file:
+        if not (path := self.folder / name).is_file():
+            raise XgbloraError(f"{path} was removed while the run was at work: the last checkpoint is kept")
+        with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows counts on it
