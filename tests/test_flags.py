@@ -183,7 +183,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_fol
 
 
 def common(folder: Path, model: Path, data: Path, flags: str, output: Path) -> tuple[int, str]:
-    """Run ``train``; returns its exit code and what it said, without times."""
+    """Run ``train``; returns its exit code and what it words, without times."""
     argv = f"--model_name {model.as_posix()} --data_dir {data.as_posix()} --task_name SST2 --output_dir {output}"
     argv += " --num_train 40 --num_dev 10 --num_eval 20 --use_cpu true"
     argv += "" if "disable_tqdm" in flags else " --disable_tqdm true"
@@ -250,15 +250,15 @@ def test_a_flag_changes_what_a_run_leaves_or_says(
 ) -> None:
     flags, value = EFFECTS[name]
     if flags not in _known:
-        code, said = common(place, model_folder, data_folder, flags, tmp_path / "without")
-        assert code == 0, said
-        _known[flags] = code, said, left(tmp_path / "without")
-    code, said = common(place, model_folder, data_folder, f"{flags} --{name} {value}", tmp_path / "with")
-    assert code == 0, said
+        code, words = common(place, model_folder, data_folder, flags, tmp_path / "without")
+        assert code == 0, words
+        _known[flags] = code, words, left(tmp_path / "without")
+    code, words = common(place, model_folder, data_folder, f"{flags} --{name} {value}", tmp_path / "with")
+    assert code == 0, words
     output = place / "elsewhere" if name == "output_dir" else tmp_path / "with"
     before = _known[flags]
-    assert f"--{name} has no effect" not in said or name == "no_auto_device"
-    assert name == "output_dir" or (said, left(output)) != before[1:] or (place / "result.json").is_file()
+    assert f"--{name} has no effect" not in words or name == "no_auto_device"
+    assert name == "output_dir" or (words, left(output)) != before[1:] or (place / "result.json").is_file()
     assert output.is_dir() or name == "overwrite_output_dir"
 
 
