@@ -67,6 +67,18 @@ def test_the_best_checkpoint_outlasts_the_rotation(tmp_path: Path) -> None:
     best = Path(str(trainer.state.best_model_checkpoint))
     assert checkpoints(tmp_path) == [best, tmp_path / "checkpoint-20"]
     assert best.name not in ("checkpoint-18", "checkpoint-20")
+    assert trainer.args.save_total_limit == 2
+
+
+def test_a_limit_of_one_takes_no_folder_that_is_somebody_elses(tmp_path: Path) -> None:
+    flags = {"xgblora": True, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    flags |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.3}
+    notes = tmp_path / "checkpoint-999" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("somebody's", encoding="utf-8")
+    trainer, _ = train(tmp_path, rows=examples(16), **flags)
+    assert notes.is_file()
+    assert Path(str(trainer.state.best_model_checkpoint)).is_dir()
 
 
 def test_checkpoints_of_steps_yet_to_come_go_first(tmp_path: Path) -> None:

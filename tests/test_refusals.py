@@ -231,6 +231,9 @@ def test_a_rank_that_no_layer_has_is_refused_before_it_takes_memory(model_folder
         ("--resume_from_checkpoint true", "holds no checkpoint"),
         ("--resume_from_checkpoint nowhere", "nowhere/manifest.json is missing"),
         ("--result_file /dev/null/result.json", "cannot be written"),
+        ("--lora_alpha 1e300", "--lora_alpha must be a number that float32 holds"),
+        ("--activation_cache_gb 1e300", "--activation_cache_gb must be a number that float32 holds"),
+        ("--save_strategy best --eval_steps 2", "--save_strategy best needs --metric_for_best_model"),
         ("--num_dev " + 5000 * "9", "invalid int value"),
     ],
 )

@@ -68,9 +68,9 @@ def read(folder: Path) -> Stored:
 
 
 def require_entries(folder: Path, entries: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Raise :class:`XgbloraError` where a ledger.json lacks some entries."""
+    """Raise :class:`XgbloraError` where a file of an adapter or a checkpoint lacks some entries."""
     if missing := set(names) - set(entries):
-        raise XgbloraError(f"{folder / LEDGER} is of another version (no {', '.join(sorted(missing))})")
+        raise XgbloraError(f"{folder} is of another version (no {', '.join(sorted(missing))})")
 
 
 def require_match(stored: Stored, ours: Mapping[str, Any]) -> None:

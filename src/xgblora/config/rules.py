@@ -13,6 +13,9 @@ from xgblora.config.flag import Needs, default_of
 from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
 from xgblora.errors import XgbloraError
 
+LARGEST = 3.4e38
+"""Of the numbers that adapters and losses are made of."""
+
 
 def check(config: Any) -> None:
     """Raise :class:`XgbloraError` with the first reason why ``config``, a :class:`RunConfig`, cannot work."""
@@ -39,6 +42,8 @@ def _unwritable(config: Any) -> Iterator[str]:
             yield f"--{name} holds an empty name"
         if any(isinstance(part, float) and not math.isfinite(part) for part in parts) and not FLAGS[name].checks:
             yield f"--{name} must be a finite number, got {value}"
+        if any(isinstance(part, float) and math.isfinite(part) and abs(part) > LARGEST for part in parts):
+            yield f"--{name} must be a number that float32 holds, got {value}"
 
 
 def _out_of_range(config: Any) -> Iterator[str]:
@@ -102,6 +107,8 @@ def _contradictions(config: Any) -> Iterator[str]:
     metrics = ["loss", "accuracy", *(["reward"] if config.objective == "reward" else [])]
     if metric not in metrics:
         yield f"--metric_for_best_model must be one of {', '.join(metrics)}, got {config.metric_for_best_model}"
+    if config.save_strategy == "best" and config.metric_for_best_model is None:
+        yield f"--save_strategy best needs --metric_for_best_model: one of {', '.join(metrics)}"
     yield from _unavailable(config)
     if config.xgblora_use_adaptive_merge:
         for name, most in (("xgblora_steps_per_iteration", 0), ("xgblora_merge_frequency", 1)):

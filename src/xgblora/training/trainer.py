@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 ENTRIES = ("patience", "step_length", "forward_passes", "forward_sequences", "forward_tokens")
 """What a checkpoint's ledger.json holds beside the boosters."""
+PROGRESS = ("health", "bad_steps", "applied", "applied_loss", "seconds", "stopped")
+"""What it holds beside optimizer and learning-rate schedule."""
 
 
 class Trainer(hf.HookedTrainer):
@@ -107,6 +109,7 @@ class Trainer(hf.HookedTrainer):
         self.meter = Meter()
         self.merging = Merging(self.ledger, self.method, self.meter)
         self._stopped = False
+        self._most_checkpoints = args.save_total_limit
         super().__init__(
             model=model,
             args=args,
@@ -140,8 +143,14 @@ class Trainer(hf.HookedTrainer):
         elif resume_from_checkpoint:
             verify(Path(resume_from_checkpoint))  # before anything in it is read
         self._stopped = False
-        with self.method.without_gradients():
-            return super().train(resume_from_checkpoint, **kwargs)
+        # With a limit of 1 transformers would end by removing whatever is named like a checkpoint, but for the best.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._most_checkpoints = limit
+        try:
+            with self.method.without_gradients():
+                return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -273,7 +282,7 @@ class Trainer(hf.HookedTrainer):
                     state.stateful_callbacks[type(callback).__name__] = callback.state()
             state.save_to_json(str(work / TRAINER_STATE_NAME))
         best_folder = state.best_model_checkpoint and Path(state.best_model_checkpoint)
-        rotate(root, state.global_step, self.args.save_total_limit, best_folder or None)
+        rotate(root, state.global_step, self._most_checkpoints, best_folder or None)
         self.method.after_checkpoint()
 
     def load_adapters(self, checkpoint: Path) -> None:
@@ -283,6 +292,7 @@ class Trainer(hf.HookedTrainer):
 
     def load_training_state(self, checkpoint: Path) -> None:
         progress = read_training_state(checkpoint, self.optimizer, self.lr_scheduler)
+        require_entries(checkpoint, progress, PROGRESS)
         self.meter.health, self.meter.bad_steps = Health(**progress["health"]), progress["bad_steps"]
         self.meter.applied, self.meter.applied_loss = progress["applied"], progress["applied_loss"]
         self._stopped = progress["stopped"]
