@@ -1,5 +1,7 @@
 """The folder of a run: one run at a time, nobody's files lost, checkpoints by their steps."""
 
+import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import pytest
 from conftest import examples, train
 from processes import EVERY_STEP, STEPS, finish, limited, start, wait_for
 from xgblora.cli import main
+from xgblora.files import sealed_folder, write_json
 from xgblora.training.checkpoints import checkpoints, last_checkpoint
 
 
@@ -209,3 +212,30 @@ def test_every_verb_says_that_a_folder_is_read_only(
         assert err.startswith("error: Read-only file system")
         assert err.count("\n") == 1
         assert sorted((tmp_path / "disk").rglob("*")) == before
+
+
+def test_what_dead_writers_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    dead = multiprocessing.get_context("spawn").Process(target=print)
+    dead.start()
+    dead.join()
+    for process in (dead.pid, os.getpid()):
+        (tmp_path / f".adapter.{process}.part").mkdir()
+        (tmp_path / f"result.json.{process}.part").write_text("{", encoding="utf-8")
+    (tmp_path / "data.part").write_text("somebody's", encoding="utf-8")
+    with sealed_folder(tmp_path / "adapter", {}) as work:
+        (work / "a.txt").write_text("a", encoding="utf-8")
+    write_json(tmp_path / "result.json", {})
+    left = {file.name for file in tmp_path.iterdir()}
+    assert f".adapter.{dead.pid}.part" not in left
+    assert f"result.json.{dead.pid}.part" not in left
+    assert {"adapter", "result.json", "data.part"} <= left
+
+
+def test_the_time_of_a_run_counts_what_was_before_a_resumption(small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main(argv(folder, small)) == 0
+    stored = json.loads((folder / f"checkpoint-{STEPS}" / "training_state.json").read_text(encoding="utf-8"))
+    (folder / "metrics.json").unlink()
+    assert main(argv(folder, small)) == 0  # no step is left to take
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["training_seconds"] == stored["progress"]["seconds"] > 0

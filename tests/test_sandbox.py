@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.normalizers
+from transformers import PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, build, byte_tokenizer
 from xgblora import Base, XgbloraError, encode, load_splits, load_task
@@ -194,3 +198,28 @@ def test_many_options_take_several_rows_and_score_alike() -> None:
 def test_the_bound_of_a_template_leaves_room_for_a_prompt_of_the_longest_cell() -> None:
     assert bounds.LONGEST_CELL < LARGEST
     assert len(render("{{ big }} It was")) == bounds.LONGEST_CELL + 7
+
+
+def test_an_option_that_comes_out_otherwise_behind_a_prompt_is_encoded_there(tmp_path: Path) -> None:
+    """Prompts may end alike and still not be followed by the same tokens: one that reaches over the seam, here."""
+    word = "A_very_long_word▁is▁o"
+    letters = ["<unk>", *dict.fromkeys(f"▁{word}AB0123456789")]
+    merges = [(word[:end], word[end]) for end in range(1, len(word))]
+    vocabulary = {piece: n for n, piece in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>"))
+    raw.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    rows = [{"a": f"{first}_very_long_word", "d": n} for n, first in enumerate("BAB")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = "prompt: '{{ a }} is'\nanswer: d\ndata: {train: train.jsonl, test: test.jsonl}\noptions: "
+    (tmp_path / "many.yaml").write_text(text + json.dumps([f"o{n}" for n in range(100)]), encoding="utf-8")
+    task = load_task(tmp_path / "many.yaml")
+    many = encode(task, load_splits(task)["train"], tokenizer, 512)
+    (tmp_path / "few.yaml").write_text(text + json.dumps([f"o{n}" for n in range(20)]), encoding="utf-8")
+    few = encode(load_task(tmp_path / "few.yaml"), rows, tokenizer, 512)
+    assert [example.options[:20] for example in many] == [example.options for example in few]
+    assert many[0].options[0] != many[1].options[0]
+    assert many[0].options[0] == many[2].options[0]
