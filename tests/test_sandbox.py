@@ -75,6 +75,7 @@ def test_what_texts_need_works(template: str, text: str) -> None:
             "{{ text|random }}",
             "{{ big.translate({1: big}) }}",
         ),
+        "{{ text }}" * 2501,
         "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )

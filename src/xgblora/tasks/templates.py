@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError, Undefined, meta
 
 from xgblora.errors import XgbloraError, one_line
-from xgblora.tasks.sandbox import Sandbox, bounded, seen
+from xgblora.tasks.sandbox import MOST_BRACKETS, Sandbox, bounded, seen
 
 
 class _Empty(Undefined):
@@ -46,6 +46,8 @@ class Compiled:
         if not expression and is_plain(text):
             self._call = lambda **columns: text
             return
+        if text.count("{") > MOST_BRACKETS:
+            raise XgbloraError(f"{field} of task {task} has more than {MOST_BRACKETS:,} brackets")
         try:
             self._call = (
                 _ENVIRONMENT.compile_expression(text, undefined_to_none=False)
