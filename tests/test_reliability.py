@@ -71,7 +71,7 @@ KILLS = 3
     "number", [pytest.param(n, marks=pytest.mark.soak if n >= len(METHODS) else ()) for n in range(50)]
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
-    number: int, command: Callable[[str, Path], list[str]], tmp_path: Path
+    number: int, command: Callable[[str, Path], list[str]], tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     """SIGKILL at a random moment, again and again: during a step, a save, a merge, an evaluation."""
     method = list(METHODS)[number % len(METHODS)]
@@ -94,6 +94,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
             assert process.exitcode == 0, log.read_text(encoding="utf-8")
             shutil.rmtree(tmp_path / "killed")
             seconds /= 2
+    record_property("kills", killed)
     finish(command(method, tmp_path / "killed"), log)
     same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("*.part"))
@@ -235,7 +236,11 @@ VERBS = {
     "number", [pytest.param(n, marks=pytest.mark.soak if n >= len(VERBS) else ()) for n in range(50)]
 )
 def test_a_verb_that_is_killed_ends_as_if_it_had_not_been(
-    number: int, command: Callable[[str, Path], list[str]], small: list[str], tmp_path: Path
+    number: int,
+    command: Callable[[str, Path], list[str]],
+    small: list[str],
+    tmp_path: Path,
+    record_property: Callable[..., None],
 ) -> None:
     verb = list(VERBS)[number % len(VERBS)]
     draw, log = random.Random(number), tmp_path / "log.txt"
@@ -252,15 +257,18 @@ def test_a_verb_that_is_killed_ends_as_if_it_had_not_been(
     begun = time.monotonic()
     finish(argv(whole), log)
     seconds = time.monotonic() - begun
+    kills = 0
     for _ in range(KILLS):
         process = start(argv(killed), log)
         process.join(draw.uniform(0.05, 0.95) * seconds)
+        kills += process.is_alive()
         process.kill()
         process.join()
         if (killed / "out").exists() and not trains:
             break  # an export that is there is refused
     if trains or verb == "stages" or not (killed / "out").exists():
         finish(argv(killed), log)
+    record_property("kills", kills)
     same_tree(whole, killed)
 
 
