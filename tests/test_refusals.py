@@ -261,6 +261,10 @@ def test_resuming_means_the_last_checkpoint(
     capsys.readouterr()
     assert main([*command, "--resume_from_checkpoint", "true"]) == 0
     assert "Resuming from" in capsys.readouterr().out
+    flags = ["--overwrite_output_dir", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-39")]
+    assert main([*command, *flags]) == 2
+    assert "--overwrite_output_dir would remove" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint-39").is_dir()
 
 
 def test_the_mean_loss_of_a_run_is_that_of_all_its_steps(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def _checkpoint(config: RunConfig) -> Path | None:
         if last is None:
             raise XgbloraError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
         return last
+    if config.overwrite_output_dir and Path(asked).resolve().is_relative_to(folder.resolve()):
+        raise XgbloraError(f"--overwrite_output_dir would remove {asked}, where --resume_from_checkpoint goes on")
     with naming("--resume_from_checkpoint"):
         verify(Path(asked))
     return Path(asked)
