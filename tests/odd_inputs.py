@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,11 @@ def attempt(kind: str, seed: int, folder: Path) -> Any:
     return lambda: load_splits(load_task(folder / "mine.yaml"))
 
 
+def _used() -> int:
+    """Seconds that this process has worked so far, rounded down."""
+    return int(time.process_time())
+
+
 def child(kind: str, seed: int, folder: str) -> None:
     """Take one input with bounds that the system sets; says by its exit code what became of it."""
     import resource
@@ -165,7 +171,8 @@ def child(kind: str, seed: int, folder: str) -> None:
     taken = attempt(kind, seed, Path(folder))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
-    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + _used(), SECONDS + _used()))
+    signal.alarm(20 * SECONDS)  # also where it waits instead of working
     code = TAKEN
     try:
         taken()

@@ -22,6 +22,11 @@ MOST_COLUMNS = 10_000
 LARGEST_PARQUET = 2**32
 """Bytes that a Parquet file unpacks to."""
 
+MOST_DEEP = 1000
+"""Values in one another that libyaml, ten times as fast as Python, is asked to read: it has no bound of its own."""
+
+_Fast = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+
 LARGEST_TASK_FILE = 200_000
 """Characters of a task file; and values in it, where an alias stands for all that it repeats."""
 
@@ -49,12 +54,18 @@ def load_yaml(text: str) -> Any:
     if len(text) > LARGEST_TASK_FILE:
         raise XgbloraError(f"it has more than {LARGEST_TASK_FILE:,} characters")
     try:
-        content = yaml.load(text, yaml.BaseLoader)
+        content = yaml.load(text, _Fast if _depth(text) < MOST_DEEP else yaml.BaseLoader)
         if _values(content, {}) > LARGEST_TASK_FILE:
             raise XgbloraError(f"its aliases make more than {LARGEST_TASK_FILE:,} values")
     except RecursionError as error:
         raise XgbloraError("its brackets lie too deep in one another") from error
     return content
+
+
+def _depth(text: str) -> int:
+    """No less than how deep values lie in one another: each level opens a bracket, or stands further to the right."""
+    indented = max((len(line) - len(line.lstrip(" -?")) for line in text.splitlines()), default=0)
+    return text.count("[") + text.count("{") + indented
 
 
 def _values(content: Any, known: dict[int, int]) -> int:

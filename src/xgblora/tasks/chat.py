@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
+from xgblora.tasks.sandbox import shown
 from xgblora.tasks.task import Generation, Metric, Source
 from xgblora.tasks.templates import Compiled, columns_of_expression, columns_seen
 
@@ -58,12 +59,12 @@ class Chat:
     def _turns(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         messages = self._compiled(columns_seen(row, self.columns))
         if not isinstance(messages, (list, tuple)) or not messages:
-            raise XgbloraError(f"its messages are no list of messages, but {str(messages)[:60]!r}")
+            raise XgbloraError(f"its messages are no list of messages, but {shown(messages)}")
         for place, message in enumerate(messages, start=1):
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise XgbloraError(f"message {place} has no role and content, but is {str(message)[:60]!r}")
+                raise XgbloraError(f"message {place} has no role and content, but is {shown(message)}")
             if message["role"] not in ROLES:
-                raise XgbloraError(f"message {place} is of role {message['role']!r}, not of {', '.join(ROLES)}")
+                raise XgbloraError(f"message {place} is of role {shown(message['role'])}, not of {', '.join(ROLES)}")
             if not isinstance(message["content"], str) or not message["content"].strip():
                 raise XgbloraError(f"message {place} says nothing")
         return [{"role": message["role"], "content": message["content"]} for message in messages]

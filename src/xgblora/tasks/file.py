@@ -1,5 +1,6 @@
 """Task files: a task as YAML, the package's own and the user's."""
 
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -140,7 +141,8 @@ def _texts(key: str, values: list[Any]) -> tuple[str, ...]:
     for value in values:
         if not isinstance(value, str) or not value.strip():
             raise XgbloraError(f"{key} are texts; {value!r} is none")
-        if values.count(value) > 1:
+    for value, times in Counter(values).items():
+        if times > 1:
             raise XgbloraError(f"{key} holds {value!r} twice")
     return tuple(values)
 

@@ -57,7 +57,7 @@ class Parts(list[Any]):
         _require_small(self.size)
 
     def __repr__(self) -> str:
-        raise XgbloraError(f"a template prints {_shown(list(self))}, which is no text")
+        raise XgbloraError(f"a template prints {shown(list(self))}, which is no text")
 
     __str__ = __repr__
 
@@ -83,7 +83,7 @@ class Entries(dict[Any, Any]):
         _require_small(self.size)
 
     def __repr__(self) -> str:
-        raise XgbloraError(f"a template prints {_shown(dict(self))}, which is no text")
+        raise XgbloraError(f"a template prints {shown(dict(self))}, which is no text")
 
     __str__ = __repr__
 
@@ -100,20 +100,20 @@ def seen(value: Any) -> Any:
 def printed(value: Any) -> Any:
     """What a template may print: a list or an object is a column in another shape than its author believes."""
     if isinstance(value, (list, tuple, dict)):
-        raise XgbloraError(f"a template prints {_shown(value)}, which is no text")
+        raise XgbloraError(f"a template prints {shown(value)}, which is no text")
     if isinstance(value, str) and (made := _made.get()) is not None:
         made[0] += len(value)
         _require_small(made[0])
     return value
 
 
-def _shown(value: Any) -> str:
-    """The beginning of a list or an object, which may be a very large one."""
+def shown(value: Any) -> str:
+    """A value in a message: of a list or an object, which may be a very large one, the beginning."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name!r:.20}: {_shown(inner)}" for name, inner in list(value.items())[:2]) + "}"
+        return "{" + ", ".join(f"{name!r:.20}: {shown(inner)}" for name, inner in list(value.items())[:2]) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shown, value[:2])) + (", ...]" if len(value) > 2 else "]")
-    return f"{value!r:.20}"
+        return "[" + ", ".join(map(shown, value[:2])) + (", ...]" if len(value) > 2 else "]")
+    return f"{value!r:.60}"
 
 
 _made: ContextVar[list[int] | None] = ContextVar("_made", default=None)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from xgblora.errors import XgbloraError
-from xgblora.tasks.sandbox import printed
+from xgblora.tasks.sandbox import printed, shown
 from xgblora.tasks.templates import Compiled, columns_of, columns_of_expression, columns_seen
 
 SPLITS = ("train", "validation", "test")
@@ -181,7 +181,7 @@ class Task:
             return self._written(prompt, between, made["answer"](values))
         given = made["options"](values)
         if not isinstance(given, (list, tuple)):
-            raise XgbloraError(f"its options are no list, but {given!r}")
+            raise XgbloraError(f"its options are no list, but {shown(given)}")
         texts = [_text(made["option"](values | {"option": text}), "an option") for text in given]
         if len(texts) < 2:
             raise XgbloraError(f"a question needs at least 2 options, got {len(texts)}")
@@ -218,8 +218,8 @@ class Task:
         else:
             answer, known, what = answer.strip() if isinstance(answer, str) else answer, texts, "the options"
         if answer not in known:
-            shown = ", ".join(repr(text) for text in (self.labels or texts))
-            raise XgbloraError(f"the answer {answer!r} is not one of {what} {shown}")
+            choices = ", ".join(repr(text) for text in (self.labels or texts))
+            raise XgbloraError(f"the answer {shown(answer)} is not one of {what} {choices}")
         return list(known).index(answer)
 
 
