@@ -244,7 +244,9 @@ def test_every_flag_is_in_a_list() -> None:
             assert not test.startswith("test_") or f"def {test}(" in (tests / file).read_text(encoding="utf-8"), test
 
 
-@pytest.mark.parametrize("name", EFFECTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.soak if n % 3 else ()) for n, name in enumerate(EFFECTS)]
+)
 def test_a_flag_changes_what_a_run_leaves_or_says(
     name: str, place: Path, model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:

@@ -233,7 +233,7 @@ VERBS = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process that imports torch for every kill takes too long")
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=pytest.mark.soak if n >= len(VERBS) else ()) for n in range(50)]
+    "number", [pytest.param(n, marks=pytest.mark.soak if n not in (0, 3) else ()) for n in range(50)]
 )
 def test_a_verb_that_is_killed_ends_as_if_it_had_not_been(
     number: int,

@@ -39,14 +39,14 @@ def require_whole_header(path: Path) -> None:
     if not path.is_file():
         raise XgbloraError(f"the model file {path} does not exist")
     if path.stat().st_size < 24:
-        raise XgbloraError(f"the model file {path} is no GGUF file")
+        raise XgbloraError("it is no GGUF file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content[:4] != b"GGUF":
-            raise XgbloraError(f"the model file {path} is no GGUF file")
+            raise XgbloraError("it is no GGUF file")
         try:
             _walk(content)
         except (struct.error, IndexError, OverflowError) as error:
-            raise XgbloraError(f"the model file {path} is damaged: its header leads out of the file") from error
+            raise XgbloraError("it is damaged: its header leads out of the file") from error
 
 
 def _walk(content: mmap.mmap) -> None:
