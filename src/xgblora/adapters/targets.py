@@ -22,6 +22,7 @@ ATTENTION_INPUTS = (
     *(("q_proj", "kv_proj"), ("q_gate_proj", "kv_b_proj")),
     *(("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("Wq", "Wv"), ("q_lin", "v_lin")),
     *(("project_q", "project_v"), ("in_proj_qkv",), ("in_proj_qkvz",), ("in_proj",), ("key", "value"), ("kv_proj",)),
+    *(("linear_x", "linear_y"), ("q", "v"), ("q_proj", "v_proj_current")),
 )
 """How architectures call the layers that a sequence mixer begins with, for those that PEFT has no choice for."""
 
