@@ -30,7 +30,6 @@ WAITS = BOOSTS.replace("--xgblora_steps_per_iteration 2", "--xgblora_use_adaptiv
 WAITS = WAITS.replace("--max_steps 6", "--max_steps 20")
 RECIPE = "--recipe boost --boost_boosters 2 --boost_examples 32"
 WORTH = f"{SHORT} --reward f1"
-WRITES = f"{SHORT} --reward f1 --reward_completions expected --trainer regular"
 
 EFFECTS: dict[str, tuple[str, str]] = {
     "per_device_train_batch_size": (SHORT, "4"),
@@ -124,6 +123,9 @@ EFFECTS: dict[str, tuple[str, str]] = {
 }
 """Where each flag changes what a run leaves or says, and by which value."""
 
+WRITES = {"output_dir": "elsewhere/metrics.json", "result_file": "result.json"}
+"""Flags that say where a run writes, and what is there afterwards."""
+
 ELSEWHERE: dict[str, str] = {
     "trust_remote_code": "test_cli.py: test_a_models_own_code_runs_only_where_it_is_trusted",
     "lora": "test_cli.py: says the default, as the documented commands do",
@@ -183,7 +185,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data_fol
 
 
 def common(folder: Path, model: Path, data: Path, flags: str, output: Path) -> tuple[int, str]:
-    """Run ``train``; returns its exit code and what it words, without times."""
+    """Run ``train``; returns its exit code and what it says, without times."""
     argv = f"--model_name {model.as_posix()} --data_dir {data.as_posix()} --task_name SST2 --output_dir {output}"
     argv += " --num_train 40 --num_dev 10 --num_eval 20 --use_cpu true"
     argv += "" if "disable_tqdm" in flags else " --disable_tqdm true"
@@ -257,11 +259,21 @@ def test_a_flag_changes_what_a_run_leaves_or_says(
         _known[flags] = code, words, left(tmp_path / "without")
     code, words = common(place, model_folder, data_folder, f"{flags} --{name} {value}", tmp_path / "with")
     assert code == 0, words
-    output = place / "elsewhere" if name == "output_dir" else tmp_path / "with"
-    before = _known[flags]
     assert f"--{name} has no effect" not in words or name == "no_auto_device"
-    assert name == "output_dir" or (words, left(output)) != before[1:] or (place / "result.json").is_file()
-    assert output.is_dir() or name == "overwrite_output_dir"
+    if name in WRITES:
+        assert (place / WRITES[name]).exists()
+    else:
+        assert (words, left(tmp_path / "with")) != _known[flags][1:]
+
+
+@pytest.mark.parametrize("flags", [BOOSTS, RECIPE], ids=["boosts", "recipe"])
+def test_the_same_flags_leave_and_say_the_same(
+    flags: str, place: Path, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Without this, any flag would seem to have an effect."""
+    runs = [common(place, model_folder, data_folder, flags, tmp_path / name) for name in ("with", "without")]
+    assert runs[0] == runs[1]
+    assert left(tmp_path / "with") == left(tmp_path / "without")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -128,11 +128,11 @@ def test_overwriting_a_run_leaves_what_was_put_beside_it(
     assert main(argv(folder, small, "--overwrite_output_dir", "--max_steps", "4", "--save_steps", "4")) == 0
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
     assert notes.read_text(encoding="utf-8") == NOTES
-    inside = folder / "adapter" / "notes.txt"
+    inside = folder / "adapter" / "README.md"
     inside.write_text(NOTES, encoding="utf-8")
     capsys.readouterr()
     assert main(argv(folder, small, "--overwrite_output_dir")) == 2
-    assert "holds files of something else (notes.txt)" in capsys.readouterr().err
+    assert "holds files of something else (README.md)" in capsys.readouterr().err
     assert (folder / "metrics.json").is_file()
 
 

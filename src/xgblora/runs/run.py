@@ -130,11 +130,11 @@ def attach_for(config: RunConfig, base: Base) -> Adapters:
 def _checkpoint(config: RunConfig) -> Path | None:
     """Where training goes on; None where it begins. Raises :class:`XgbloraError` where that is no checkpoint."""
     asked, folder = config.resume_from_checkpoint, folder_of(config)
-    last = None if config.overwrite_output_dir else last_checkpoint(folder)
-    if not asked or config.trainer == "none":
-        return last
-    if asked.lower() == "true":
-        if last is None:
+    if config.trainer == "none":
+        return None
+    if not asked or asked.lower() == "true":
+        last = None if config.overwrite_output_dir else last_checkpoint(folder)
+        if asked and last is None:
             raise XgbloraError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
         return last
     if config.overwrite_output_dir and Path(asked).resolve().is_relative_to(folder.resolve()):

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TENSORS = "training_state.safetensors"
 NUMBERS = "training_state.json"
 
-FILES = frozenset({MANIFEST, WEIGHTS, PEFT_CONFIG, LEDGER, TENSORS, NUMBERS, TRAINER_STATE_NAME, "README.md"})
+FILES = frozenset({MANIFEST, WEIGHTS, PEFT_CONFIG, LEDGER, TENSORS, NUMBERS, TRAINER_STATE_NAME})
 """What a checkpoint or an adapter consists of."""
 
 
