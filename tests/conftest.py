@@ -34,13 +34,16 @@ from xgblora import Base, Batch, Example, Ledger, OptionLoss, RunConfig, Trainer
 from xgblora.adapters import Adapters
 from xgblora.base.prefix import Prefix
 from xgblora.cli import main
+from xgblora.config import precision
 from xgblora.learn.estimators import Estimate, Key, TwoSided
 from xgblora.learn.losses import Loss
 
 torch.set_num_threads(1)
+precision.bfloat16_is_faster = lambda on_gpu=False: False  # float32, so that numbers do not depend on the machine
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+Run = Callable[..., tuple[int, str, str]]
 VOCABULARY = 300
 _SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = _SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -241,3 +244,16 @@ def small(model_folder: Path, data_folder: Path) -> list[str]:
     flags = f"--model_name {model_folder.as_posix()} --data_dir {data_folder.as_posix()} --task_name SST2"
     flags += " --num_train 40 --num_dev 10 --num_eval 20 --disable_tqdm true --use_cpu true"
     return flags.split()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Carry out a command line; returns exit code, stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(token) for token in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import conftest  # noqa: F401  (what it sets holds in these processes, too)
 from xgblora.cli import main
 
 STEPS = 40
@@ -20,7 +21,7 @@ EVERY_STEP = f"--max_steps {STEPS} --save_steps 3 --eval_steps 4 --logging_steps
 CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
     CONTEXT.set_forkserver_preload(
-        ["xgblora.cli", "pyarrow.parquet"]
+        ["xgblora.cli.new_runs", "xgblora.cli.finished_runs", "conftest", "pyarrow.parquet"]
     )  # imported once: what is killed is a run, not an import
 
 

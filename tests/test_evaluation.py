@@ -65,7 +65,7 @@ def test_predictions_are_options() -> None:
     assert len(answers) == 3
     assert set(answers) <= set(task.options)
     assert predict(model, byte_tokenizer(), task, []) == []
-    with pytest.raises(XgbloraError, match="put the text into a list"):
+    with pytest.raises(XgbloraError, match="put the one into a list"):
         predict(model, byte_tokenizer(), task, "fine")
 
 

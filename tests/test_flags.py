@@ -111,6 +111,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "zo_eps": (SHORT, "5e-2"),
     "zo_num_perturbations": (SHORT, "2"),
     "zo_directions": (SHORT, "shared"),
+    "dtype": (SHORT, "bfloat16"),
     "load_float16": (SHORT, "true"),
     "load_bfloat16": (SHORT, "true"),
     "result_file": (SHORT, "FOLDER/result.json"),

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import byte_tokenizer
 from xgblora import RunConfig, XgbloraError
-from xgblora.cli import parse, parser
+from xgblora.cli.parsing import parse, parser
 from xgblora.tasks import encode, get_task, load_splits
 
 TOKENIZER = byte_tokenizer()

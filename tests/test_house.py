@@ -117,7 +117,7 @@ def test_the_installed_transformers_is_what_is_overridden() -> None:
 )
 def test_another_transformers_is_refused_in_one_line(change: str, names: str) -> None:
     """As if it had renamed a hook: without the check, checkpoints would silently be those of transformers."""
-    code = f"import transformers\n{change}\nimport xgblora"
+    code = f"import transformers\n{change}\nfrom xgblora import Trainer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]
@@ -126,7 +126,7 @@ def test_another_transformers_is_refused_in_one_line(change: str, names: str) ->
     assert line.endswith('run  python -m pip install "transformers>=5.20,<6"')
 
 
-MODULES = [module.name for module in pkgutil.walk_packages(xgblora.__path__, "xgblora.")]
+MODULES = [name for _, name, _ in pkgutil.walk_packages(xgblora.__path__, "xgblora.") if "__main__" not in name]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from xgblora.cli import VERBS
+from xgblora.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -35,6 +35,15 @@ def render(template: str) -> str:
     return text
 
 
+@pytest.mark.parametrize("number", ["9 ** 6000", "7 ** 4000 * 7 ** 4000", "9" * 5000])
+def test_a_number_that_python_does_not_print_is_refused(number: str) -> None:
+    """As options, as an answer and as a text: whoever shows it in a message would fail on it."""
+    for template, expression in ((number, True), (f"[{number}]", True), ("{{ " + number + " }}", False)):
+        with pytest.raises(XgbloraError) as refused:
+            Compiled("options", "mine", template, expression)(columns_seen(ROW, ROW))
+        assert len(str(refused.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [

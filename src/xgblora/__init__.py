@@ -1,44 +1,9 @@
-"""Forward-only fine-tuning of causal language models with LoRA and XGBLoRA."""
+"""Forward-only fine-tuning of causal language models with LoRA and XGBLoRA.
 
-from xgblora.adapters import Adapters, LayerSubset, Ledger, attach, load_adapters, start_from
-from xgblora.base import Base, load_model
-from xgblora.config import RunConfig
-from xgblora.data.batch import Batch, Example
-from xgblora.errors import DivergedError, XgbloraError
-from xgblora.learn.evaluate import evaluate, evaluate_stages
-from xgblora.learn.losses import OptionLoss, TextLoss
-from xgblora.learn.predictor import Predictor, predict
-from xgblora.learn.rewards import Reward, length_penalised, load_reward
-from xgblora.tasks import encode, get_task, load_splits, load_task, sample
-from xgblora.training import Trainer
+The names it offers stand in ``__init__.pyi``. Each is imported when it is first used: a command that only prints does
+not wait for torch.
+"""
 
-__all__ = [
-    "Adapters",
-    "Base",
-    "Batch",
-    "DivergedError",
-    "Example",
-    "LayerSubset",
-    "Ledger",
-    "OptionLoss",
-    "Predictor",
-    "Reward",
-    "RunConfig",
-    "TextLoss",
-    "Trainer",
-    "XgbloraError",
-    "attach",
-    "encode",
-    "evaluate",
-    "evaluate_stages",
-    "get_task",
-    "length_penalised",
-    "load_adapters",
-    "load_model",
-    "load_reward",
-    "load_splits",
-    "load_task",
-    "predict",
-    "sample",
-    "start_from",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

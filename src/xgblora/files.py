@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from xgblora.errors import XgbloraError
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""What a sealed folder says to people. They may change it: nothing that is read depends on it."""
 PART = ".part"
 """Suffix of what is being written. Nothing reads such files; the next run removes them."""
 
@@ -110,6 +112,15 @@ def sealed_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[Path
         shutil.rmtree(former, ignore_errors=True)
 
 
+def add_card(folder: Path, text: str) -> None:
+    """Write the card of a folder that is sealed already. Raises :class:`XgbloraError` where its manifest is damaged."""
+    content = read_json(folder / MANIFEST)
+    digests = {**content["sha256"], CARD: hashlib.sha256(text.encode()).hexdigest()}
+    del digests[MANIFEST]
+    write_json(folder / MANIFEST, seal(content["fingerprint"], dict(sorted(digests.items()))))  # first: a card is ours
+    write_atomically(folder / CARD, lambda work: work.write_text(text, encoding="utf-8", newline="\n"))
+
+
 def require_sealed(folder: Path, known: Iterable[str] = ()) -> None:
     """Raise :class:`XgbloraError` where a folder holds what is not ours to replace. It may be missing, or empty.
 
@@ -141,9 +152,15 @@ def remove_sealed(folder: Path, known: Iterable[str] = ()) -> None:
 
 
 def _ours(folder: Path, known: Iterable[str]) -> set[str]:
-    """Names of the files in ``folder`` that a manifest of ours, or ``known``, accounts for."""
+    """Names of the files in ``folder`` that a manifest of ours, or ``known``, accounts for.
+
+    A card that somebody has changed is theirs.
+    """
     try:
-        names = {MANIFEST, *read_json(folder / MANIFEST)["sha256"], *known}
+        digests = read_json(folder / MANIFEST)["sha256"]
+        names = {MANIFEST, *digests, *known}
+        if CARD in digests and (folder / CARD).is_file() and digest(folder / CARD) != digests[CARD]:
+            names.remove(CARD)
     except (XgbloraError, KeyError, TypeError):  # none, a damaged one, somebody else's
         names = set(known)
     return {file.name for file in folder.iterdir() if file.name in names and (file.is_symlink() or file.is_file())}
@@ -167,6 +184,8 @@ def verify(folder: Path) -> dict[str, Any]:
     if stated != sealed["sha256"][MANIFEST] or (folder / MANIFEST).read_bytes() != _text(sealed).encode():
         raise XgbloraError(f"{folder / MANIFEST} is damaged (its own SHA-256 differs)")
     for name, sha256 in digests.items():
+        if name == CARD:
+            continue
         file = folder / name
         if file.parent != folder or not file.is_file():
             raise XgbloraError(f"{file} is missing")

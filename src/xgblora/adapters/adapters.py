@@ -289,7 +289,6 @@ def attach(
     if rank > largest:
         raise XgbloraError(f"the rank of an adapter is at most {largest} in these layers, got {rank}")
     base.model.requires_grad_(False)
-    logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", rank, alpha, xgblora)
     fingerprint = base.fingerprint()
     adapted = {name: AdaptedLinear(module, rank, alpha / rank, base.device) for name, module in targets.items()}
     return Adapters(base, adapted, peft_config, fingerprint, seed, layers)

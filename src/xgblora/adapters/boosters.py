@@ -56,6 +56,8 @@ class Ledger:
         """The last evaluation of the pair in training, as :attr:`Booster.evaluation`."""
         self.task: str | None = None
         """Name of the task that it is trained on, where that is known."""
+        self.task_text: str | None = None
+        """The task as a task file says it, for whoever asks the model later."""
         self.training: dict[str, Any] = {}
         """What training noted beside them, as JSON values: its cost, and what it needs to go on."""
 
@@ -110,7 +112,7 @@ class Ledger:
         """What its files belong to: base model, adapted layers, rank, scaling, task."""
         targets = self.adapters.peft_config.target_modules
         return {
-            **{f"base {name}": value for name, value in self.adapters.fingerprint.items()},
+            **_of_base(self.adapters.fingerprint),
             "targets": targets if isinstance(targets, str) else sorted(targets or ()),
             "rank": self.adapters.rank,
             "scaling": self.adapters.scaling,
@@ -133,7 +135,7 @@ class Ledger:
             "boosters": [asdict(booster) for booster in self.boosters],
             "evaluation": self.evaluation,
         }
-        files.write(folder, self.adapters, entries | self.training)
+        files.write(folder, self.adapters, entries | self.training, self.task_text)
 
     def load(self, folder: str | Path) -> None:
         """Read what :meth:`save` wrote into the adapters.
@@ -147,8 +149,13 @@ class Ledger:
         files.restore(self.adapters, stored, len(boosters))
         self.boosters = boosters
         self.evaluation = stored.entries["evaluation"]
+        self.task_text = self.task_text or stored.task
         self.training = {name: value for name, value in stored.entries.items() if name not in files.ENTRIES}
         self.adapters.choose_layers(len(boosters))
+
+
+def _of_base(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    return {f"base {name}": value for name, value in fingerprint.items()}
 
 
 def start_from(ledger: Ledger, folder: str | Path) -> int:
@@ -194,10 +201,15 @@ def load_adapters(model: PreTrainedModel | Base, folder: str | Path) -> Ledger:
         ledger = load_adapters(model, "runs/mine/adapter")
         ledger.truncate(2)  # the first two boosters alone
     """
-    entries = files.read(Path(folder)).entries
+    stored = files.read(Path(folder))
+    entries, base = stored.entries, Base.of(model)
     targets = LoraConfig.from_pretrained(str(folder)).target_modules
     names = targets if isinstance(targets, str) else sorted(targets)
-    ledger = Ledger(attach(model, entries["rank"], entries["scaling"] * entries["rank"], names))
+    try:
+        ledger = Ledger(attach(base, entries["rank"], entries["scaling"] * entries["rank"], names))
+    except XgbloraError:
+        files.require_match(stored, _of_base(base.fingerprint()) | {"task": None})  # a better reason, where it is one
+        raise
     try:
         ledger.load(folder)
     except XgbloraError:

@@ -1,8 +1,9 @@
-"""The files of an adapter: PEFT's two, ``ledger.json`` beside them, and a manifest that seals all three.
+"""The files of an adapter: PEFT's two, ``ledger.json`` and ``task.yaml`` beside them, and a manifest that seals them.
 
 K merged rank-1 boosters and the pair in training are one LoRA of rank K + r with the same scaling, so that is how they
 are stored: ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT writes them, boosters first.
-``ledger.json`` says what PEFT does not know: where each booster came from, and what training needs to go on.
+``ledger.json`` says what PEFT does not know: where each booster came from, and what training needs to go on;
+``task.yaml`` says what the model is asked, as a task file does.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from xgblora.errors import XgbloraError
 from xgblora.files import MANIFEST, read_json, verify, write_json
 
 LEDGER = "ledger.json"
+TASK = "task.yaml"
+"""The task that an adapter was trained on, where it is known: without prompt and options it is of no use."""
 ENTRIES = ("rank", "scaling", "boosters", "evaluation")
 """What a ledger.json must hold."""
 
@@ -36,12 +39,21 @@ class Stored:
     """Content of ledger.json."""
     tensors: dict[str, Tensor]
     """The pairs, by the names that PEFT gives them."""
+    task: str | None
+    """Content of task.yaml."""
     fingerprint: dict[str, Any]
     """What they belong to."""
 
 
-def write(folder: Path, adapters: Adapters, entries: Mapping[str, Any]) -> None:
-    """Write all boosters and the pair in training into a folder that exists, with ``entries`` as ledger.json."""
+def write(folder: Path, adapters: Adapters, entries: Mapping[str, Any], task: str | None) -> None:
+    """Write all boosters and the pair in training into a folder that exists.
+
+    Args:
+        folder: It exists.
+        adapters: With their boosters.
+        entries: Content of ledger.json.
+        task: Content of task.yaml.
+    """
     rank = adapters.boosters + adapters.rank
     tensors = {}
     for name, layer in adapters.layers.items():
@@ -50,6 +62,8 @@ def write(folder: Path, adapters: Adapters, entries: Mapping[str, Any]) -> None:
     alpha = adapters.scaling * rank  # PEFT divides by the rank again
     plain_peft.write(folder, adapters.peft_config, rank, alpha, tensors)
     write_json(folder / LEDGER, dict(entries))
+    if task is not None:
+        (folder / TASK).write_text(task, encoding="utf-8", newline="\n")
 
 
 def read(folder: Path) -> Stored:
@@ -64,7 +78,8 @@ def read(folder: Path) -> Stored:
     fingerprint = verify(folder)
     entries = read_json(folder / LEDGER)
     require_entries(folder, entries, ENTRIES)
-    return Stored(folder, entries, read_tensors(folder / WEIGHTS), fingerprint)
+    task = (folder / TASK).read_text(encoding="utf-8") if (folder / TASK).is_file() else None
+    return Stored(folder, entries, read_tensors(folder / WEIGHTS), task, fingerprint)
 
 
 def require_entries(folder: Path, entries: Mapping[str, Any], names: tuple[str, ...]) -> None:

@@ -53,6 +53,7 @@ def load_model(
             model, tokenizer = _read_gguf(Path(name), dtype)
         else:
             model, tokenizer = _read_folder(name, dtype, trust_remote_code)
+    model.config.name_or_path = name  # adapters say which base they belong to: no folder of this machine
     model.requires_grad_(False)
     # Tensors mapped from a file keep all of it in memory while one of them lives: copies are freed one by one.
     for tensor in itertools.chain(model.parameters(), model.buffers()):

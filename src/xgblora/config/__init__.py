@@ -1,9 +1,10 @@
 """Configuration: every flag of a run, declared once, and what follows from its declaration."""
 
 from xgblora.config.describe import banner, idle_flags, notes, warn_rank
-from xgblora.config.flag import flag
+from xgblora.config.flag import default_of, flag
 from xgblora.config.flags import EMBEDDED_MODEL, UNSUPPORTED
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
+from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows
 from xgblora.config.run_config import RunConfig
 
@@ -13,11 +14,13 @@ __all__ = [
     "RunConfig",
     "banner",
     "changed",
+    "default_of",
     "defaults",
     "differences",
     "flag",
     "idle_flags",
     "notes",
+    "of_settings",
     "too_few_rows",
     "warn_rank",
     "without_idle_flags",

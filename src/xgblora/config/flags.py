@@ -164,9 +164,10 @@ class Flags(TrainingArguments):
     xgblora_shrinkage: float = flag(
         1.0, "Factor of each booster once it is finished, in (0, 1]: smaller steps, more boosters.", SHARE, XGBLORA
     )
-    early_stopping_boosters: int = flag(
-        0,
-        "Stop when this many boosters have not lowered the dev loss, and keep those up to the lowest; 0 = off.",
+    early_stopping_boosters: int | None = flag(
+        None,
+        "Stop when this many boosters have not lowered the dev loss, and keep those up to the lowest; 0 = keep all. "
+        "Default: 0; recipe boost makes all its boosters and keeps those up to the lowest.",
         NOT_NEGATIVE,
         XGBLORA,
     )
@@ -226,8 +227,14 @@ class Flags(TrainingArguments):
     activation_cache_gb: float = flag(
         1.0, "Memory for the activations of layers below the lowest one that trains; 0 = none.", NOT_NEGATIVE
     )
-    load_float16: bool = flag(False, "Load the base in float16 (same as --fp16).")
-    load_bfloat16: bool = flag(False, "Load the base in bfloat16 (same as --bf16).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto",
+        "Precision of the frozen base. auto: bfloat16 where this machine computes faster in it (measured) and "
+        "zeroth-order probes are long enough for it (--zo_eps 5e-3), else float32.",
+        identity=False,  # what it comes to stands in the two flags that follow
+    )
+    load_float16: bool = flag(False, "The same as --dtype float16 and --fp16.")
+    load_bfloat16: bool = flag(False, "The same as --dtype bfloat16 and --bf16.")
 
     # --- Files ---
     result_file: str | None = flag(None, "Also write the metrics to this JSON file.", identity=False)

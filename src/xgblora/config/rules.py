@@ -91,8 +91,6 @@ def _contradictions(config: Any) -> Iterator[str]:
         yield "--init_adapter starts from boosters, which --xgblora has: give both"
     if config.lora and config.xgblora:
         yield "--lora and --xgblora are two methods: give one of them"
-    if config.load_float16 and config.load_bfloat16:
-        yield "--load_float16 and --load_bfloat16 (--fp16 and --bf16) exclude each other: give one"
     if config.recipe == "boost" and config.trainer == "regular":
         yield "--recipe boost needs no gradient: leave out --trainer regular"
     if message := too_few_rows(config, config.train_rows):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from xgblora import hf
+from xgblora.config import precision
 from xgblora.config.describe import warn_rank
 from xgblora.config.flag import default_of
 from xgblora.config.flags import Flags
@@ -63,8 +64,7 @@ class RunConfig(Flags):
             self.objective = "reward"
         if self.objective == "reward" and self.reward_completions is None:
             self.reward_completions = "expected" if self.trainer == "regular" else "greedy"
-        self.load_float16 = self.load_float16 or self.fp16
-        self.load_bfloat16 = self.load_bfloat16 or self.bf16
+        self._settle_precision()
         # The base is loaded in its precision; autocast on top would take the adapters out of float32.
         self.fp16 = self.bf16 = False
         if self.xgblora:
@@ -90,8 +90,19 @@ class RunConfig(Flags):
             self.data_seed = self.seed
         if self.num_train is None:
             self.num_train = 0 if self.trainer == "none" else 1000
+        if self.early_stopping_boosters is None:
+            judged = self.recipe == "boost" and self.num_dev != 0 and not self.load_best_model_at_end
+            self.early_stopping_boosters = self.boost_boosters if judged else 0
         if self.no_auto_device:
             logger.info("--no_auto_device has no effect: the device is the one that transformers picks.")
+
+    def _settle_precision(self) -> None:
+        half = {"float16": self.load_float16 or self.fp16, "bfloat16": self.load_bfloat16 or self.bf16}
+        named = {name for name, asked in half.items() if asked} | ({self.dtype} - {"auto"})
+        if len(named) > 1:
+            raise XgbloraError(f"{' and '.join(sorted(named))} are two precisions of the base: give --dtype alone")
+        self.dtype = named.pop() if named else precision.choose(self)  # type: ignore[assignment]
+        self.load_float16, self.load_bfloat16 = self.dtype == "float16", self.dtype == "bfloat16"
 
     def derived(self) -> dict[str, Any]:
         """The settings that the recipe decides: with ``boost`` a step is a booster."""
@@ -135,11 +146,10 @@ class RunConfig(Flags):
         return self.lora_alpha / self.rank
 
     @property
-    def dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """Precision of the frozen base."""
-        if self.load_float16:
-            return torch.float16
-        return torch.bfloat16 if self.load_bfloat16 else torch.float32
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def boost_fitted(self) -> int:

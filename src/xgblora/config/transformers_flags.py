@@ -62,7 +62,7 @@ ALLOWED: dict[str, Flag] = _each(
 """Those that work as transformers documents them, beside the ones that :class:`RunConfig` declares anew."""
 
 ONE_PROCESS = "training runs in one process"
-HUB = "nothing is uploaded: xgblora export RUN writes what a hub repository holds"
+HUB = "a finished run is uploaded by xgblora push RUN OWNER/NAME"
 EVAL_MODE = "the base runs in eval mode, where it has no effect"
 OWN_EVALUATION = "evaluation packs its own batches and keeps one number an example"
 AS_IT_IS = "the base is called as it is"

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from xgblora.adapters.adapters import Adapters
@@ -18,6 +17,7 @@ from xgblora.data.batch import Example, build_batch, shared_beginning, split_by_
 from xgblora.errors import XgbloraError, within_memory
 from xgblora.learn.generation import exact_match_and_f1
 from xgblora.learn.losses import AnswerLoss, OptionLoss
+from xgblora.progress import Progress
 from xgblora.tasks import Metric
 
 STAGE_CACHE_BYTES = 10**9
@@ -36,6 +36,8 @@ class Evaluation:
     """The option chosen for each row."""
     texts: list[str] | None = None
     """The answers, where the model writes them."""
+    probabilities: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    """Of the options (options,) of each row, float32: the softmax of their scores."""
 
 
 def evaluate(
@@ -130,9 +132,10 @@ class _Scoring:
         """
         base, several = self.base, len(stages) > 1
         predictions = [[0] * len(examples) for _ in stages]
+        probabilities = [[torch.empty(0)] * len(examples) for _ in stages]
         losses: list[list[Tensor]] = [[] for _ in stages]
         prefix = Prefix(base.model, STAGE_CACHE_BYTES) if several else None
-        with base.without_gradients(), self._bar(len(examples)) as bar:
+        with base.without_gradients(), Progress(len(examples), self.progress) as progress:
             for chosen in by_tokens(examples, self.batch_size):
                 rows = [replace(examples[i], score_prompt=False) for i in chosen]
                 with within_memory(
@@ -147,24 +150,26 @@ class _Scoring:
                             of_rows = [nulls[_null(row)] for row in rows]
                             scores = scores - nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
                         losses[number].append(self.loss.of_scores(scores, batch.label))
-                        for i, prediction in zip(chosen, scores.argmax(1).tolist(), strict=True):
+                        likely = scores.softmax(1).float().cpu()
+                        for i, prediction, row in zip(chosen, scores.argmax(1).tolist(), likely, strict=True):
                             predictions[number][i] = prediction
+                            probabilities[number][i] = row[: len(examples[i].options)]
                 if prefix is not None:
                     prefix.clear()
-                bar.update(len(chosen))
+                progress.add(len(chosen))
         means = [torch.cat(loss).double().mean().item() for loss in losses]
         writer = self.loss.writer
         if writer is None:
-            return [Evaluation(accuracy(examples, p), loss, p) for p, loss in zip(predictions, means, strict=True)]
+            return [
+                Evaluation(accuracy(examples, chosen), loss, chosen, probabilities=likely)
+                for chosen, loss, likely in zip(predictions, means, probabilities, strict=True)
+            ]
         evaluations = []
         for stage, loss, prediction in zip(stages, means, predictions, strict=True):
             with stage():
                 texts = writer.write(base, examples, self.progress and f"{self.progress}, writing")
             evaluations.append(Evaluation(exact_match_and_f1(examples, texts)[0], loss, prediction, texts))
         return evaluations
-
-    def _bar(self, total: int) -> tqdm:  # type: ignore[type-arg]
-        return tqdm(total=total, desc=self.progress, unit="ex", leave=False, disable=self.progress is None)
 
 
 @torch.inference_mode()
@@ -219,5 +224,15 @@ def score(metric: Metric, examples: Sequence[Example], evaluation: Evaluation) -
 
 def accuracy(examples: Sequence[Example], predictions: Sequence[int]) -> float:
     """Share of examples whose chosen option is a correct one."""
-    right = sum(p == e.label or p in e.also_correct for p, e in zip(predictions, examples, strict=True))
-    return right / len(examples)
+    return sum(_correct(e, p) for e, p in zip(examples, predictions, strict=True)) / len(examples)
+
+
+def right(examples: Sequence[Example], evaluation: Evaluation) -> list[bool]:
+    """Whether each example's chosen option is a correct one, or its written answer an exact match."""
+    if evaluation.texts is None:
+        return [_correct(e, p) for e, p in zip(examples, evaluation.predictions, strict=True)]
+    return [exact_match_and_f1([e], [text])[0] == 1 for e, text in zip(examples, evaluation.texts, strict=True)]
+
+
+def _correct(example: Example, option: int) -> bool:
+    return option == example.label or option in example.also_correct

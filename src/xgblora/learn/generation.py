@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.base import Base
 from xgblora.data.batch import Example
+from xgblora.progress import Progress
 from xgblora.tasks import Generation
 
 BATCH = 32
@@ -41,12 +41,12 @@ class Writer:
             progress: Name of a progress bar.
         """
         texts = [""] * len(examples)
-        with tqdm(total=len(examples), desc=progress, unit="ex", leave=False, disable=progress is None) as bar:
+        with Progress(len(examples), progress) as shown:
             for numbers in _batches(examples):
                 prompts = [examples[number].prompt for number in numbers]
                 for number, [ids] in zip(numbers, self.continuations(base, prompts), strict=True):
                     texts[number] = self.text(ids)
-                bar.update(len(numbers))
+                shown.add(len(numbers))
         return texts
 
     def text(self, ids: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from xgblora.errors import DivergedError, XgbloraError
 from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Estimator, Key, estimator
 from xgblora.learn.fitted import RECIPES, Recipe
+from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.losses import AnswerLoss, Loss
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Method(ABC):
     def __init__(self, adapters: Adapters, loss: Loss) -> None:
         self.adapters = adapters
         self.loss = loss
+        self.note: Callable[[str], None] = no_note
+        """Told what a long step is doing."""
 
     def split(self, rows: Sequence[Example]) -> Sequence[Example]:
         """Set aside what the method keeps for itself; returns the rows to make batches of."""
@@ -121,6 +124,7 @@ class FittedMethod(Method):
         return self.recipe.split(rows)
 
     def step(self, batch: Batch, key: Key, share: float = 1.0) -> Step:
+        self.recipe.note = self.note
         fit = self.recipe.fit(batch.examples, self.step_length)
         if not math.isfinite(fit.loss):
             raise DivergedError(

@@ -6,12 +6,15 @@ from typing import Any
 
 from xgblora.errors import XgbloraError
 from xgblora.files import read_json, write_json
+from xgblora.report.intervals import wilson
 from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS, read_jsonl
 
 METRICS = "metrics.json"
 NAMES = {"lora": "LoRA", "xgblora": "XGBLoRA", "boost": "Boost"}
 ESTIMATORS = {"zo": "+ZO", "regular": "+backprop"}
 OPTIONAL = {
+    "rows_won": ("rows_won", "rows_lost"),
+    "zero_shot_dev_loss": ("zero_shot_dev_loss",),
     "metric": ("metric", "score", "zero_shot_score", "dev_score"),
     "reward": ("reward", "zero_shot_reward", "dev_reward"),
     "boosters": ("boosters",),
@@ -49,6 +52,11 @@ class RunResult:
     dev_accuracy: float | None
     """None for a run without dev rows, as everything that begins with ``dev_``."""
     dev_loss: float | None
+    zero_shot_dev_loss: float | None = None
+    rows_won: int | None = None
+    """Evaluation rows that the model has right and the base had wrong."""
+    rows_lost: int | None = None
+    """The other way round."""
     metric: str | None = None
     """The task's own, where it is not accuracy."""
     score: float | None = None
@@ -79,6 +87,12 @@ class RunResult:
         return NAMES.get(self.method, self.method) + (
             ESTIMATORS[self.trainer] if self.method in ("lora", "xgblora") else ""
         )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the accuracy, at 95 %."""
+        rows = self.rows["evaluation"]
+        return wilson(round(self.accuracy * rows), rows)
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""

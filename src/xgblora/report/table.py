@@ -18,9 +18,12 @@ def results_table(runs: Sequence[Curves]) -> Table:
     """One line a run: what it reached and what it cost."""
     first = runs[0].result
     split = first.evaluation_split
-    table = Table(title=f"{first.model} on {first.task}, {first.rows['evaluation']} held-out {split} rows")
-    names = ["method", "seed", "zero-shot", "dev", split, "gain", "eval loss", "merges", "examples forwarded"]
-    names += ["training, s", "peak MB", *([first.metric.replace("_", " ")] if first.metric else [])]
+    table = Table(
+        title=f"{first.model} on {first.task}, {first.rows['evaluation']} held-out {split} rows",
+        caption="accuracies in %; forwarded: examples; training in seconds, peak memory in MB",
+    )
+    names = ["method", "seed", "zero-shot", "dev", split, "95 %", "gain", "loss", "merges", "forwarded", "training"]
+    names += ["peak", *([first.metric.replace("_", " ")] if first.metric else [])]
     for name in [*names, "reward"] if first.reward is not None else names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for result in (run.result for run in runs):
@@ -30,6 +33,7 @@ def results_table(runs: Sequence[Curves]) -> Table:
             _percent(result.zero_shot_accuracy),
             _percent(result.dev_accuracy),
             _percent(result.accuracy),
+            "{:.1f}-{:.1f}".format(*(100 * end for end in result.interval)),
             f"{100 * result.gain:+.1f}",
             f"{result.eval_loss:.3f}",
             str(result.merges),

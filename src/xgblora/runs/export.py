@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig
 
-from xgblora.adapters.boosters import load_adapters
+from xgblora.adapters.boosters import Ledger, load_adapters
 from xgblora.adapters.export import fold, write_gguf
-from xgblora.adapters.files import LEDGER
+from xgblora.adapters.files import LEDGER, TASK
 from xgblora.base import load_model
 from xgblora.config import flag
 from xgblora.errors import XgbloraError
-from xgblora.files import read_json, sealed_folder
-from xgblora.runs.folder import ADAPTER, CONFIG
+from xgblora.files import CARD, add_card, read_json, sealed_folder
+from xgblora.report import METRICS, RunResult
+from xgblora.runs.card import CardFacts, card
+from xgblora.runs.folder import ADAPTER, CONFIG, base_name
+from xgblora.tasks import load_task, task_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,9 @@ class ExportConfig:
         "peft: an adapter for PeftModel.from_pretrained and vLLM; merged: a whole model with the boosters folded in; "
         "gguf-lora: an adapter file for llama.cpp (--lora).",
     )
-    boosters: int | None = flag(None, "Only the first so many boosters; default: all.")
+    boosters: int | None = flag(
+        None, "Only the first so many boosters; a merged model without any is the bare base. Default: all."
+    )
     output: str | None = flag(None, "Folder (or .gguf file) to write; default: beside the run's adapter.")
     model_name: str | None = flag(None, "Base model, where it has moved since the run.")
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
@@ -59,19 +63,21 @@ def export(run: Path, config: ExportConfig) -> Path:
         raise XgbloraError(f"{run} holds no finished run: {run / ADAPTER / LEDGER} is missing")
     if config.format not in ("peft", "merged", "gguf-lora"):
         raise XgbloraError(f"--format must be peft, merged or gguf-lora, got {config.format}")
-    if config.boosters is not None and config.boosters < 1:
-        raise XgbloraError(f"--boosters must be at least 1, got {config.boosters}")
+    least = 0 if config.format == "merged" else 1
+    if config.boosters is not None and config.boosters < least:
+        raise XgbloraError(f"--boosters must be at least {least} with --format {config.format}, got {config.boosters}")
     default = run / (f"{config.format}.gguf" if config.format == "gguf-lora" else config.format)
     output = Path(config.output) if config.output else default
     if output.exists():
         raise XgbloraError(f"{output} exists: choose another --output")
     # In float32: folded and written from the original weights.
     model, tokenizer = load_model(
-        config.model_name or _base_name(run, adapter), trust_remote_code=config.trust_remote_code
+        config.model_name or base_name(run, adapter), trust_remote_code=config.trust_remote_code
     )
     ledger = load_adapters(model, adapter)
     if config.boosters is not None:
         ledger.truncate(config.boosters)
+    facts = _facts(run, adapter, ledger, config)
     if config.format == "merged":
         dtype: torch.dtype = getattr(torch, config.dtype)
         lost = fold(ledger.adapters, dtype)
@@ -84,18 +90,28 @@ def export(run: Path, config: ExportConfig) -> Path:
         with sealed_folder(output, ledger.fingerprint) as work:
             model.to(dtype).save_pretrained(work)
             tokenizer.save_pretrained(work)
+            if facts is not None:
+                (work / TASK).write_text(task_text(facts.task), encoding="utf-8", newline="\n")
+                (work / CARD).write_text(card(facts, merged=True), encoding="utf-8", newline="\n")
     elif config.format == "gguf-lora":
         write_gguf(ledger.adapters, output)
     else:
         ledger.save(output)
+        if facts is not None:
+            add_card(output, card(facts))
     return output
 
 
-def _base_name(run: Path, adapter: Path) -> str:
-    """The base model that an adapter was trained on."""
-    if (run / CONFIG).is_file():
-        return str(read_json(run / CONFIG)["model_name"])
-    name = LoraConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if not name:
-        raise XgbloraError(f"{adapter} does not say which base model it belongs to: give --model_name")
-    return str(name)
+def _facts(run: Path, adapter: Path, ledger: Ledger, config: ExportConfig) -> CardFacts | None:
+    """What the card says; None where nobody knows what the model is asked."""
+    if not (adapter / TASK).is_file():
+        return None
+    settings = read_json(run / CONFIG) if (run / CONFIG).is_file() else {}
+    whole = config.boosters is None and (run / METRICS).is_file()
+    return CardFacts(
+        task=load_task(adapter / TASK, rows=False),
+        model_name=config.model_name or base_name(run, adapter),
+        rank=ledger.adapters.boosters + ledger.adapters.rank,
+        settings=settings,
+        result=RunResult.read(run) if whole else None,
+    )

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from peft import LoraConfig
+
 from xgblora.adapters.files import LEDGER
 from xgblora.config import RunConfig, differences
 from xgblora.errors import XgbloraError
 from xgblora.files import digest, is_part, read_json, remove_parts, remove_sealed, require_sealed, write_json
 from xgblora.learn.rewards import reward_file
 from xgblora.report import METRICS, RunResult
+from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.tasks import Chat, Task, data_files, get_task, load_task
 from xgblora.training.checkpoints import FILES, checkpoints
 from xgblora.training.interruption import LOCK
@@ -17,7 +20,7 @@ from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS
 CONFIG = "config.json"
 ADAPTER = "adapter"
 STATE = "trainer_state.json"
-WRITTEN = (METRICS, TRAINING_LOSS, EVAL_LOSS, STATE, CONFIG)
+WRITTEN = (METRICS, TRAINING_LOSS, EVAL_LOSS, STATE, RUN_YAML, CONFIG)
 """The files of a run, beside its adapter and its checkpoints."""
 DIGESTS = "sha256"
 """The entry of ``config.json`` with the digests of the files that a run reads."""
@@ -56,11 +59,30 @@ def finished_result(config: RunConfig) -> RunResult | None:
         raise XgbloraError(f"{error}: remove it to evaluate the run again") from error
 
 
+def dev_losses(run: Path) -> dict[int, float]:
+    """The dev loss of a finished run with its first k boosters, for every k that was judged."""
+    if not (run / ADAPTER / LEDGER).is_file():
+        return {}
+    entries = read_json(run / ADAPTER / LEDGER)
+    evaluations = [booster["evaluation"] for booster in entries["boosters"]] + [entries["evaluation"]]
+    return {count: judged["eval_loss"] for count, judged in enumerate(evaluations, start=1) if judged}
+
+
 def require_finished(run: Path) -> None:
     """Raise :class:`XgbloraError` where a folder holds no finished run."""
     for file in (run / CONFIG, run / ADAPTER / LEDGER):
         if not file.is_file():
             raise XgbloraError(f"{run} holds no finished run: {file} is missing")
+
+
+def base_name(run: Path, adapter: Path) -> str:
+    """The base model that an adapter was trained on, as the run or the adapter says."""
+    if (run / CONFIG).is_file():
+        return str(read_json(run / CONFIG)["model_name"])
+    name = LoraConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not name:
+        raise XgbloraError(f"{adapter} does not say which base model it belongs to: give --model_name")
+    return str(name)
 
 
 def require_ours(config: RunConfig) -> None:
@@ -123,3 +145,4 @@ def prepare_folder(config: RunConfig, digests: Mapping[str, str]) -> None:
         for name in WRITTEN:  # config.json last: until then it says that the others are a run's
             (folder / name).unlink(missing_ok=True)
     write_json(folder / CONFIG, config.resolved() | {DIGESTS: dict(digests)})
+    write_run_yaml(folder, "train", config, digests)

@@ -57,7 +57,9 @@ def predict(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example])
     """
     process = psutil.Process().memory_info().rss if config.device.type == "cpu" else 0
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        whole = AutoModelForCausalLM.from_config(
+            model, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
+        )
     tensors = itertools.chain(whole.parameters(), whole.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     longest = sorted(rows, key=lambda row: row.tokens)[-config.per_device_train_batch_size :]
@@ -93,7 +95,7 @@ def measure_training(config: RunConfig, architecture: PreTrainedConfig, rows: li
         with _measured():  # torch counts as freed only what it has seen allocated: zo lays the weights out anew
             base = (
                 AutoModelForCausalLM.from_config(
-                    architecture, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+                    architecture, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
                 )
                 .requires_grad_(False)
                 .eval()

@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from xgblora.adapters.boosters import Ledger, start_from
 from xgblora.adapters.files import require_lora
 from xgblora.base import Base
 from xgblora.config import RunConfig, banner, notes
+from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
-from xgblora.files import require_writable, verify, write_atomically
-from xgblora.learn.evaluate import Evaluation, score
+from xgblora.files import add_card, require_writable, verify, write_atomically
+from xgblora.learn.evaluate import Evaluation, right, score
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import require_observed, require_writers, residual_writers
 from xgblora.report import METRICS, RunResult
+from xgblora.runs.card import CardFacts, card
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
 from xgblora.runs.workspace import Workspace
+from xgblora.tasks import task_text
 from xgblora.training.checkpoints import last_checkpoint
 from xgblora.training.interruption import StopAtSignal, alone_in
 from xgblora.training.record import CurveRecorder, PeakMemory
@@ -76,7 +80,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         adapters = attach_for(config, workspace.base)  # first of all: it may refuse, and then nothing was written
         try:
             ledger = Ledger(adapters)
-            ledger.task = config.task_name
+            ledger.task, ledger.task_text = config.task_name, task_text(workspace.task)
             if config.init_adapter:
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
@@ -88,6 +92,9 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         finally:
             adapters.detach()
     result = RunResult(**_reached(config, workspace, scores), **work)
+    if config.trainer != "none":
+        facts = CardFacts(workspace.task, config.model_name, work["boosters"] or config.rank, config.resolved(), result)
+        add_card(folder_of(config) / ADAPTER, card(facts))
     result.write(folder_of(config) / METRICS)  # last: it is what makes a run complete
     if config.result_file:
         result.write(Path(config.result_file))
@@ -116,6 +123,7 @@ def attach_for(config: RunConfig, base: Base) -> Adapters:
         xgblora=config.xgblora,
         layers=LayerSubset(count, config.layer_choice) if count else None,
     )
+    logger.info("Initializing LoRA with: r=%d, alpha=%g, xgblora=%s", config.rank, config.lora_alpha, config.xgblora)
     if boosted:
         try:
             require_writers(adapters)
@@ -180,9 +188,16 @@ def _train(
     } | {f"forward_{name}": value for name, value in vars(trainer.cost).items()}
 
 
+def _won_and_lost(rows: Sequence[Example], final: Evaluation, before: Evaluation) -> tuple[int, int]:
+    """Rows that are right only after training, and only before it."""
+    after, at_first = right(rows, final), right(rows, before)
+    won = sum(now and not then for now, then in zip(after, at_first, strict=True))
+    return won, sum(then and not now for now, then in zip(after, at_first, strict=True))
+
+
 def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, Evaluation | None]) -> dict[str, Any]:
     """What a run reached, and on what."""
-    (final, dev), (zero_shot, _) = scores, workspace.zero_shot(config)
+    (final, dev), (zero_shot, dev_before) = scores, workspace.zero_shot(config)
     method: str = "boost" if config.recipe == "boost" else config.method
     if config.trainer == "none":
         method = "in-context" if config.train_rows else "zero-shot"
@@ -203,8 +218,10 @@ def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, 
         "accuracy": final.accuracy,
         "eval_loss": final.loss,
         "gain": final.accuracy - zero_shot.accuracy,
+        **dict(zip(("rows_won", "rows_lost"), _won_and_lost(workspace.eval, final, zero_shot), strict=True)),
         "dev_accuracy": dev.accuracy if dev else None,
         "dev_loss": dev.loss if dev else None,
+        "zero_shot_dev_loss": dev_before.loss if dev_before else None,
     }
     evaluations = ("", workspace.eval, final), ("zero_shot_", workspace.eval, zero_shot), ("dev_", workspace.dev, dev)
     if (metric := workspace.task.metric) != "accuracy":

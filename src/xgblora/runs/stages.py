@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xgblora.adapters.boosters import load_adapters
-from xgblora.config import RunConfig, flag
+from xgblora.config import RunConfig, flag, of_settings
 from xgblora.files import read_json, write_json
 from xgblora.learn.evaluate import evaluate_stages
 from xgblora.report import draw_stages
@@ -14,7 +14,7 @@ from xgblora.runs.workspace import Workspace
 STAGES = "stages.json"
 WORKSPACE = (
     "model_name task_name task_file data_dir num_train num_dev num_eval train_set_seed max_length "
-    "train_as_classification only_train_option load_float16 load_bfloat16 per_device_eval_batch_size disable_tqdm"
+    "train_as_classification only_train_option per_device_eval_batch_size disable_tqdm"
 ).split()
 """Settings of a run that say which model sees which rows."""
 
@@ -53,7 +53,8 @@ def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
     """
     require_finished(run)
     settings = read_json(run / CONFIG)
-    config = RunConfig(output_dir=str(run), **vars(asked), **{name: settings[name] for name in WORKSPACE})
+    rows_and_model = {name: settings[name] for name in WORKSPACE}
+    config = RunConfig(output_dir=str(run), dtype=of_settings(settings), **vars(asked), **rows_and_model)
     workspace = Workspace(config)
     adapters = load_adapters(workspace.base, run / ADAPTER).adapters
     scored = {}

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, did_you_mean
+from xgblora.tasks.bounds import load_yaml
 from xgblora.tasks.chat import Chat
-from xgblora.tasks.data import Samples, data_files, load_splits, sample
+from xgblora.tasks.data import Samples, data_files, load_splits, read_rows, sample
 from xgblora.tasks.encode import encode
-from xgblora.tasks.file import load_task
+from xgblora.tasks.file import load_task, task_text
 from xgblora.tasks.rotten_tomatoes import ROTTEN_TOMATOES
 from xgblora.tasks.task import Generation, Hub, Metric, Question, Task
 
@@ -35,8 +36,11 @@ def get_task(name: str) -> Task:
     for known, task in TASKS.items():
         if known.lower() == name.lower():
             return task
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise XgbloraError(f"{name} is a task file: give it to --task_file, or to xgblora.load_task")
     raise XgbloraError(
-        f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}, or describe your own (--task_file)"
+        f"unknown task {name!r}{did_you_mean(name, TASKS)} (there are {', '.join(sorted(TASKS))}; your own is a "
+        "--task_file)"
     )
 
 
@@ -54,5 +58,8 @@ __all__ = [
     "get_task",
     "load_splits",
     "load_task",
+    "load_yaml",
+    "read_rows",
     "sample",
+    "task_text",
 ]

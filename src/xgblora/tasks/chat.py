@@ -47,14 +47,23 @@ class Chat:
     def _compiled(self) -> Compiled:
         return Compiled("messages", self.name, self.messages, expression=True)
 
-    def check(self, row: Mapping[str, Any]) -> None:
-        """Raise :class:`XgbloraError` for a row without an assistant's turn."""
-        if not any(message["role"] == "assistant" for message in self._turns(row)):
+    @property
+    def asking(self) -> tuple[str, ...]:
+        """The same: what is said next is asked by what was said before."""
+        return self.columns
+
+    def check(self, row: Mapping[str, Any], answered: bool = True) -> None:
+        """Raise :class:`XgbloraError` for a row that is no conversation, or that has no assistant's turn to learn."""
+        if not any(message["role"] == "assistant" for message in self._turns(row)) and answered:
             raise XgbloraError("no message is the assistant's")
 
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or that of a user who says a text."""
-        return {self.columns[0]: [{"role": "user", "content": row}]} if isinstance(row, str) else row
+        if isinstance(row, Mapping):
+            return row
+        if not isinstance(row, str):
+            raise XgbloraError(f"a row is a text or a mapping from columns to values, not {shown(row)}")
+        return {self.columns[0]: [{"role": "user", "content": row}]}
 
     def _turns(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         messages = self._compiled(columns_seen(row, self.columns))
@@ -68,6 +77,12 @@ class Chat:
             if not isinstance(message["content"], str) or not message["content"].strip():
                 raise XgbloraError(f"message {place} says nothing")
         return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+    def open_turn(self, tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation that the assistant goes on with. Raises :class:`XgbloraError` for a model that
+        was not trained to chat, or that refuses it."""
+        _require_template(tokenizer)
+        return _ids(tokenizer, messages, True)
 
     def encode(
         self,
@@ -83,8 +98,7 @@ class Chat:
         :class:`XgbloraError` for a model without a chat template, for rows that are no conversations, and for turns
         that leave no room for what came before them; it names the row, counted from 1.
         """
-        if not tokenizer.chat_template:
-            raise XgbloraError("the model's tokenizer has no chat template: take a model that was trained to chat")
+        _require_template(tokenizer)
         examples = []
         for number, row in enumerate(rows, start=1):
             with naming(f"{self.name}, row {number}"):
@@ -105,6 +119,11 @@ class Chat:
                             Example(prompt[-room:], [turn_ids], 0, score_prompt, references=reference, row=row)
                         )
         return examples
+
+
+def _require_template(tokenizer: Tokenizer) -> None:
+    if not tokenizer.chat_template:
+        raise XgbloraError("the model's tokenizer has no chat template: take a model that was trained to chat")
 
 
 def _turn(tokenizer: Tokenizer, turns: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:

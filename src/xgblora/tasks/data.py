@@ -59,9 +59,10 @@ def load_splits(task: Task | Chat, data_dir: str | None = None) -> Mapping[str, 
         load_splits(get_task("SST2"), "my_data")["train"]
     """
     if files := data_files(task, data_dir):
-        return {split: _read_file(file, task) for split, file in files.items()}
+        return {split: read_rows(file, task) for split, file in files.items()}
     source = task.source
-    assert not isinstance(source, Mapping)  # a task names its files
+    if isinstance(source, Mapping):
+        raise XgbloraError(f"{task.name} does not say where its rows are: give --data_dir")
     try:
         if isinstance(source, Hub):
             return {
@@ -150,8 +151,20 @@ def _files_of(folder: Path) -> dict[str, Path]:
     return chosen
 
 
-def _read_file(path: Path, task: Task | Chat) -> Dataset:
-    """The rows of a file, each of which makes a question of ``task``."""
+def read_rows(path: Path, task: Task | Chat, answered: bool = True) -> Dataset:
+    """The rows of a file, each of which makes a question of ``task``.
+
+    Args:
+        path: A ``.jsonl``, ``.csv`` or ``.parquet`` file.
+        task: What is made of a row.
+        answered: Whether the rows must say their answers, too.
+
+    Raises:
+        XgbloraError: The file cannot be read, has no rows, lacks a column, or a row makes no question; the message
+            names file and row.
+    """
+    if path.suffix not in READERS:
+        raise XgbloraError(f"{path} has another ending than {', '.join(READERS)}")
     if not path.is_file():
         raise XgbloraError(f"the data file {path} does not exist")
     if path.stat().st_size == 0:
@@ -177,12 +190,12 @@ def _read_file(path: Path, task: Task | Chat) -> Dataset:
             rows.data.table[column].validate(full=True)
         except pyarrow.ArrowInvalid as error:
             raise XgbloraError(f"cannot read {path}, column {column!r}: {error}") from error
-    for column in task.columns:
+    for column in task.columns if answered else task.asking:
         if column not in rows.column_names:
             raise XgbloraError(
                 f"{path} has no column {column!r}, which {task.name} needs; it has: {', '.join(rows.column_names)}"
             )
     for number, row in enumerate(rows, start=1):
         with naming(f"{path}, row {number}"):
-            task.check(row)
+            task.check(row, answered)
     return rows

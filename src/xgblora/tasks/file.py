@@ -26,11 +26,12 @@ CHAT_KEYS = ("name", "chat", "generate", "metric", "num_dev")
 """What one of conversations may."""
 
 
-def load_task(path: str | Path) -> Task | Chat:
+def load_task(path: str | Path, rows: bool = True) -> Task | Chat:
     """Read a task from a YAML file. All values are read as text, so that an option may be ``Yes`` or ``1``.
 
     Args:
         path: The file; docs/tasks.md lists its keys.
+        rows: Whether it must say where the task's rows are.
 
     Raises:
         XgbloraError: The file describes no task.
@@ -42,7 +43,7 @@ def load_task(path: str | Path) -> Task | Chat:
     path = Path(path)
     try:
         content = load_yaml(_text(path))
-        return _task(content, path)
+        return _task(content, path, rows)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or one_line(error, 1000)
         raise XgbloraError(f"cannot read the task file {path}: {reason}") from error
@@ -50,12 +51,39 @@ def load_task(path: str | Path) -> Task | Chat:
         raise XgbloraError(f"task file {path}: {error}") from error
 
 
+def task_text(task: Task | Chat) -> str:
+    """A task as a task file says it, without its rows: what :func:`load_task` reads with ``rows=False``.
+
+    Example:
+        >>> print(task_text(Task("mood", "{{ text }} It was", ("bad", "good"), "label", {}, num_dev=20)))
+        name: mood
+        prompt: '{{ text }} It was'
+        options:
+        - bad
+        - good
+        answer: label
+        num_dev: 20
+        <BLANKLINE>
+    """
+    values = {field.name: getattr(task, field.name) for field in fields(task) if field.name != "source"}
+    default = {field.name: field.default for field in fields(task)}
+    stated = {name: value for name, value in values.items() if value != default[name]}
+    if isinstance(task, Chat):
+        stated = {"name": task.name, "chat": stated.pop("messages")} | stated
+    if ends := stated.pop("generation", None):
+        stated["generate"] = {"max_new_tokens": ends.max_new_tokens} | ({"stop": ends.stop} if ends.stop else {})
+        for implied in ("options", "classification"):
+            stated.pop(implied, None)
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in stated.items()}
+    return str(yaml.safe_dump(lists, sort_keys=False, allow_unicode=True, width=1000))
+
+
 def _text(path: Path) -> str:
     with path.open(encoding="utf-8-sig") as file:
         return file.read(LARGEST_TASK_FILE + 1)
 
 
-def _task(content: Any, path: Path) -> Task | Chat:
+def _task(content: Any, path: Path, rows: bool) -> Task | Chat:
     if not isinstance(content, dict):
         raise XgbloraError("it says nothing of the form 'key: value'")
     for key in content:
@@ -63,7 +91,7 @@ def _task(content: Any, path: Path) -> Task | Chat:
             raise XgbloraError(f"unknown key {key!r}: choose from {', '.join(KEYS)}")
     values = dict(content)
     if "chat" in values:
-        return _chat(values, path)
+        return _chat(values, path, rows)
     if "generate" in values:
         values["generation"] = _generation(values.pop("generate"))
         values = {"options": (), "classification": "false"} | values
@@ -85,11 +113,11 @@ def _task(content: Any, path: Path) -> Task | Chat:
         values["classification"] = _one_of("classification", values["classification"], {"true": True, "false": False})
     if "num_dev" in values:
         values["num_dev"] = _whole("num_dev", values["num_dev"])
-    source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
+    source = _source(values.pop("hub", None), values.pop("data", None), path.parent, rows)
     return Task(source=source, **({"name": path.stem} | values))
 
 
-def _chat(values: dict[str, Any], path: Path) -> Chat:
+def _chat(values: dict[str, Any], path: Path, rows: bool) -> Chat:
     for key in values:
         if key not in (*CHAT_KEYS, "hub", "data"):
             raise XgbloraError(f"a chat has no {key}: it may say {', '.join(CHAT_KEYS)}")
@@ -103,7 +131,7 @@ def _chat(values: dict[str, Any], path: Path) -> Chat:
             raise XgbloraError("generate of a chat says max_new_tokens; the model's own end of a turn stops it")
         values["generation"] = Generation(_whole("max_new_tokens", content["max_new_tokens"]), stop="")
     _check_metric(values)
-    source = _source(values.pop("hub", None), values.pop("data", None), path.parent)
+    source = _source(values.pop("hub", None), values.pop("data", None), path.parent, rows)
     return Chat(messages=values.pop("chat"), source=source, **({"name": path.stem} | values))
 
 
@@ -147,8 +175,10 @@ def _texts(key: str, values: list[Any]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _source(hub: Any, data: Any, folder: Path) -> Source:
+def _source(hub: Any, data: Any, folder: Path, needed: bool) -> Source:
     """Where rows come from: ``hub`` with path, name and splits, or ``data`` with a file for each split."""
+    if hub is None and data is None and not needed:
+        return {}
     if (hub is None) == (data is None):
         raise XgbloraError("say where the rows are: either data (a file for each split) or hub")
     if hub is not None:

@@ -24,6 +24,9 @@ from xgblora.errors import XgbloraError
 LARGEST = 2_000_000
 """Characters of a text, or entries of a list with all that is in it, that a template may make."""
 
+MOST_BITS = 13_000
+"""Of a whole number that a template makes: about 4,000 digits. Python refuses to print one of 4,301."""
+
 MOST_STEPS = 1_000_000
 """Lines of a template that may run for one row."""
 
@@ -253,7 +256,9 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _sized(value: Any) -> Any:
-    """``value``, which knows its size where it is a list."""
+    """``value``, which knows its size where it is a list. Numbers are as long as Python prints."""
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise XgbloraError("a template makes a number of more than 4,000 digits")
     kinds: dict[type, Callable[[Any], Any]] = {list: Parts, tuple: Fixed, dict: Entries}
     return kinds[type(value)](value) if type(value) in kinds else value
 

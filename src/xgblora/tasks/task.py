@@ -117,23 +117,25 @@ class Task:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row that its prompt, options and answer are made of."""
-        return tuple(sorted(self._asking | columns_of_expression(self.answer)))
+        return tuple(sorted({*self.asking, *columns_of_expression(self.answer)}))
 
     @cached_property
-    def _asking(self) -> set[str]:
+    def asking(self) -> tuple[str, ...]:
         """Those of the prompt and the options."""
         columns = set().union(*map(columns_of, (self.prompt, self.null_prompt, self.option))) - {"option"}
         if isinstance(self.options, str):
-            return columns | columns_of_expression(self.options)
-        return columns.union(*map(columns_of, self.options))
+            return tuple(sorted(columns | columns_of_expression(self.options)))
+        return tuple(sorted(columns.union(*map(columns_of, self.options))))
 
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or the row that a text stands for."""
-        if not isinstance(row, str):
+        if isinstance(row, Mapping):
             return row
-        if len(self._asking) != 1:
-            raise XgbloraError(f"{self.name} asks by several columns ({', '.join(sorted(self._asking))}): give rows")
-        return dict.fromkeys(self._asking, row)
+        if not isinstance(row, str):
+            raise XgbloraError(f"a row is a text or a mapping from columns to values, not {shown(row)}")
+        if len(self.asking) != 1:
+            raise XgbloraError(f"{self.name} asks by several columns ({', '.join(self.asking)}): give rows")
+        return dict.fromkeys(self.asking, row)
 
     @cached_property
     def _compiled(self) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
@@ -159,9 +161,9 @@ class Task:
             )
         return compiled
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Mapping[str, Any], answered: bool = True) -> None:
         """Raise :class:`XgbloraError` for a row that makes no question."""
-        self.question(row)
+        self.question(row, answered)
 
     def question(self, row: Mapping[str, Any], answered: bool = True) -> Question:
         """A row as the model sees it; with ``answered`` False ``correct`` is empty, and the row needs no answer.

@@ -54,8 +54,8 @@ class Compiled:
                 if expression
                 else _ENVIRONMENT.from_string(text).render
             )
-        except TemplateError as error:
-            raise XgbloraError(f"{field} of task {task} is not a Jinja template: {error} (in {text!r})") from error
+        except (TemplateError, ValueError) as error:  # of numbers that are too long, too
+            raise XgbloraError(f"{field} of task {task} is not a Jinja template: {error} (in {text!r:.200})") from error
 
     def __call__(self, columns: Mapping[str, Any]) -> Any:
         """Its value for :func:`columns_seen` of a row. Raises :class:`XgbloraError` where it has none."""

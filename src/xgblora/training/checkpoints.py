@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from xgblora.adapters.files import LEDGER
+from xgblora.adapters.files import LEDGER, TASK
 from xgblora.adapters.plain_peft import PEFT_CONFIG, WEIGHTS
 from xgblora.errors import XgbloraError
 from xgblora.files import MANIFEST, read_json, remove_sealed, verify
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TENSORS = "training_state.safetensors"
 NUMBERS = "training_state.json"
 
-FILES = frozenset({MANIFEST, WEIGHTS, PEFT_CONFIG, LEDGER, TENSORS, NUMBERS, TRAINER_STATE_NAME})
+FILES = frozenset({MANIFEST, WEIGHTS, PEFT_CONFIG, LEDGER, TASK, TENSORS, NUMBERS, TRAINER_STATE_NAME})
 """What a checkpoint or an adapter consists of."""
 
 

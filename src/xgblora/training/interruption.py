@@ -11,7 +11,7 @@ from typing import Any
 from filelock import SoftFileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import Interrupted, XgbloraError
 
 LOCK = "run.lock"
 LOCK_SECONDS = 3.0
@@ -19,18 +19,6 @@ LOCK_SECONDS = 3.0
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 """Ctrl-C, a polite kill, and Ctrl-Break on Windows."""
-
-
-class Interrupted(BaseException):
-    """A signal ended the run. ``code``: the exit code of a process that a signal ends, 128 + its number.
-
-    No :class:`Exception`: whoever catches errors in order to go on must not catch this.
-    """
-
-    def __init__(self, number: int, saved: str = "") -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}{f' after {saved}' if saved else ''}")
-        self.code = 128 + number
 
 
 class StopAtSignal(TrainerCallback):

@@ -24,7 +24,9 @@ BEST_PAIR = "best_pair.safetensors"
 class Merging(TrainerCallback):
     """Turns the pair in training into a booster after the steps that the schedule names."""
 
-    def __init__(self, ledger: Ledger, method: Method, meter: Meter) -> None:
+    def __init__(self, ledger: Ledger, method: Method, meter: Meter, judged: bool = True) -> None:
+        self.judged = judged
+        """There are dev rows; without any, boosters are stopped for only where somebody asked for it."""
         self.ledger = ledger
         self.method = method
         self.meter = meter
@@ -73,7 +75,7 @@ class Merging(TrainerCallback):
             elif not reason and self.patience.stale == 0 and not bad:
                 self.best_pair = self._measured
         if not reason:
-            if args.early_stopping_boosters and step == state.max_steps:
+            if self._patience(args) and step == state.max_steps:
                 control.should_evaluate = True  # the last pair is a booster, too
             return
         self._shrink(args)
@@ -85,7 +87,7 @@ class Merging(TrainerCallback):
         optimizer = kwargs["optimizer"]
         for parameter in self.ledger.adapters.parameters():
             optimizer.state.pop(parameter, None)
-        if args.eval_strategy != "no" or args.early_stopping_boosters:
+        if args.eval_strategy != "no" or self._patience(args):
             control.should_evaluate = True
 
     def on_dev_evaluation(self, args: RunConfig, control: TrainerControl) -> None:
@@ -94,14 +96,14 @@ class Merging(TrainerCallback):
             return
         losses = self.ledger.evaluations()
         since_best = len(losses) - min(losses, key=losses.__getitem__) if losses else 0
-        if 0 < args.early_stopping_boosters <= since_best:
+        if 0 < self._patience(args) <= since_best:
             logger.info("Stopping: %d boosters have not lowered the dev loss", since_best)
             control.should_training_stop = True
 
     def on_train_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._shrink(args)
         losses = self.ledger.evaluations()
-        if args.early_stopping_boosters and args.method == "xgblora" and losses:
+        if self._patience(args) and args.method == "xgblora" and losses:
             best = min(losses, key=losses.__getitem__)
             logger.info("Keeping the first %d of %d boosters: dev loss %.4f", best, max(losses), losses[best])
             if best <= len(self.ledger.boosters):
@@ -118,6 +120,11 @@ class Merging(TrainerCallback):
         self.patience = PatienceState(**patience)
         file = folder / BEST_PAIR
         self.best_pair = read_tensors(file) if file.is_file() else None
+
+    def _patience(self, args: RunConfig) -> int:
+        """Boosters that may leave the dev loss where it is; 0 where nobody looks."""
+        asked = self.judged or args.asked["early_stopping_boosters"] is not None
+        return (args.early_stopping_boosters or 0) if asked else 0
 
     def _shrink(self, args: RunConfig) -> None:
         """Shrink a finished booster; a fitted one was shrunk when its step was taken."""

@@ -43,6 +43,7 @@ from xgblora.training.diagnosis import diagnose
 from xgblora.training.health import Health, Meter
 from xgblora.training.merging import Merging
 from xgblora.training.record import CurveRecorder
+from xgblora.training.steps_shown import StepsShown
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Trainer(hf.HookedTrainer):
         model.to(args.device)
         self.method = method(self.adapters, self.loss, args)
         self.meter = Meter()
-        self.merging = Merging(self.ledger, self.method, self.meter)
+        self.merging = Merging(self.ledger, self.method, self.meter, judged=bool(eval_dataset))
         self._stopped = False
         self._most_checkpoints = args.save_total_limit
         super().__init__(
@@ -118,10 +119,12 @@ class Trainer(hf.HookedTrainer):
             eval_dataset=eval_dataset,
             callbacks=[self.merging, *(callbacks or [])],
         )
-        # Losses go into the bar and into the record, not onto the console line by line.
+        # Losses go into the progress line and into the record, not onto the console line by line.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
-            self.add_callback(_Progress)
+            shown = StepsShown(self.merging, self.meter)
+            self.add_callback(shown)
+            self.method.note = shown.note
 
     @property
     def cost(self) -> Cost:
@@ -340,11 +343,3 @@ class _Collator:
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         return dict(vars(build_batch(examples, self.packed)))
-
-
-class _Progress(ProgressCallback):
-    """The progress bar with the latest loss in it, in place of a line for every log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")

@@ -1,6 +1,6 @@
 """Forward passes that keep what a fit needs: what layers see, and the loss as a function of what leaves the last."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from xgblora.adapters.adapters import Adapters
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch, split_by_tokens
+from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import turned_down, writes
 from xgblora.learn.losses import AnswerLoss, divergences
@@ -54,6 +55,8 @@ class Forwards:
         self.prefix = prefix
         self.tail = Tail(adapters.base)
         self.tokens = 0
+        self.note: Callable[[str], None] = no_note
+        """Told what is being done."""
 
     def observe(self, examples: Sequence[Example], most: int) -> Observed:
         """One forward over as many of the examples as predict no more than ``most`` tokens."""

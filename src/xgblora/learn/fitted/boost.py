@@ -57,6 +57,7 @@ class BoostRecipe(Recipe):
 
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
         cost = Cost()
+        self.forwards.note = self.note
         if isinstance(self.forwards.loss, OptionLoss) and self.teacher is None:
             self.teacher, cost = self._teach()
         booster = boost(
@@ -73,6 +74,7 @@ class BoostRecipe(Recipe):
     def _teach(self) -> tuple[Teacher, Cost]:
         """Fit the teacher to the model as it was before the first booster; a resumed run has some already."""
         config, resumed = self.config, self.adapters.boosters > self.first
+        self.forwards.note(f"teacher of {len(self.fitted):,} examples")
         with self.adapters.first(self.first):
             self.adapters.choose_layers(self.first)
             teacher = teach(
@@ -136,7 +138,10 @@ def boost(
         )
     adapters, tokens = forwards.adapters, forwards.tokens
     require_writers(adapters)
+    number = adapters.boosters + 1
+    forwards.note(f"booster {number}: looking at {len(examples):,} examples")
     seen = forwards.observe(examples, MOST_READS)
+    forwards.note(f"booster {number}: fitting")
     labelled = TailLoss(forwards, seen)
     loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
     learner = fit(seen, loss, ridge)
@@ -146,6 +151,7 @@ def boost(
 
     def loss_at(step: float) -> float:
         if step not in losses:
+            forwards.note(f"booster {number}: step length {len(losses) + 1}")
             step_by(adapters, learner, step)
             of_batches = [
                 scored(forwards.loss, scores, batch, None if teacher is None else teacher.targets(batch.examples))

@@ -1,7 +1,7 @@
 """What a recipe is: a way to fit the pair in training to some examples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xgblora.data.batch import Example
@@ -23,8 +23,15 @@ class Fit:
     cost: Cost
 
 
+def no_note(state: str) -> None:
+    """Nobody is told."""
+
+
 class Recipe(ABC):
     """Fits one booster after the other."""
+
+    note: Callable[[str], None] = staticmethod(no_note)
+    """Told what a long fit is doing."""
 
     @abstractmethod
     def split(self, rows: Sequence[Example]) -> Sequence[Example]:

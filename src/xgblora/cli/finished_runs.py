@@ -1,0 +1,55 @@
+"""The verbs that take a finished run."""
+
+from rich.table import Table
+
+from xgblora.cli.output import print_table, set_up_output
+from xgblora.cli.parsing import parse_of_run
+from xgblora.errors import XgbloraError
+from xgblora.runs.export import ExportConfig
+from xgblora.runs.export import export as write_export
+from xgblora.runs.push import PushConfig
+from xgblora.runs.push import push as upload
+from xgblora.runs.stages import StagesConfig
+from xgblora.runs.stages import stages as evaluate_stages
+
+
+def stages(verb: str, argv: list[str]) -> int:
+    """Accuracy and loss of the first boosters."""
+    set_up_output()
+    run, texts, config = parse_of_run(StagesConfig, verb, argv)
+    _no_texts(texts)
+    scored, files = evaluate_stages(run, config)
+    table = Table(title=f"{run}: the first boosters alone")
+    for column in ("boosters", "test accuracy %", "test loss", "dev accuracy %", "dev loss"):
+        table.add_column(column, justify="right")
+    for stage in scored:
+        dev = ("", "")
+        if stage.dev_accuracy is not None:
+            dev = (f"{100 * stage.dev_accuracy:.1f}", f"{stage.dev_loss:.4f}")
+        table.add_row(str(stage.boosters), f"{100 * stage.accuracy:.1f}", f"{stage.loss:.4f}", *dev)
+    print_table(table, files)
+    return 0
+
+
+def export(verb: str, argv: list[str]) -> int:
+    """A run in another tool's format."""
+    set_up_output()
+    run, texts, config = parse_of_run(ExportConfig, verb, argv)
+    _no_texts(texts)
+    print(write_export(run, config))
+    return 0
+
+
+def push(verb: str, argv: list[str]) -> int:
+    """A run on the hub."""
+    set_up_output()
+    run, texts, config = parse_of_run(PushConfig, verb, argv)
+    if len(texts) != 1:
+        raise XgbloraError(f"say where to: xgblora push {run} OWNER/NAME")
+    print(upload(run, texts[0], config))
+    return 0
+
+
+def _no_texts(texts: list[str]) -> None:
+    if texts:
+        raise XgbloraError(f"unknown argument {texts[0]!r}: one run is enough")

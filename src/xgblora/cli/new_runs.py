@@ -1,0 +1,138 @@
+"""The verbs that start a run, or show what one would be."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from xgblora.cli.output import print_table, set_up_output
+from xgblora.cli.parsing import parse, parse_experiment, with_config
+from xgblora.config import RunConfig
+from xgblora.report import METRICS, closing, read_curves, results_table
+from xgblora.runs.arms import arm_folder
+from xgblora.runs.check import CheckConfig
+from xgblora.runs.check import check as carry_out_check
+from xgblora.runs.demo import DemoConfig
+from xgblora.runs.demo import demo as carry_out_demo
+from xgblora.runs.experiment import ExperimentConfig, Result, arms, experiment
+from xgblora.runs.folder import ADAPTER, contents, dev_losses, folder_of, require_ours, task_of
+from xgblora.runs.plan import Plan, plan, whole
+from xgblora.runs.run import run
+from xgblora.runs.run_yaml import RunFile
+from xgblora.runs.workspace import Workspace
+from xgblora.tasks import Chat, Task
+from xgblora.training.record import TRAINING_LOSS
+
+logger = logging.getLogger(__name__)
+
+
+def train(verb: str, argv: list[str]) -> int:
+    """One run."""
+    set_up_output()
+    argv, dry = _dry(argv)
+    argv, file = with_config(RunConfig, verb, argv)
+    config = parse(RunConfig, verb, argv)
+    _note_changes(file, config)
+    if dry:
+        require_ours(config)
+        return _say([(folder_of(config).name, plan(config, Workspace(config)))])
+    run(config)
+    folder = folder_of(config)
+    files = [folder / name for name in (ADAPTER, TRAINING_LOSS, METRICS)]
+    curves = read_curves(folder)
+    for line in closing(curves.result, folder, dev_losses(folder), asks(task_of(config))):
+        print(line)
+    _show(Result([curves], [file for file in files if file.exists()]))
+    return 0
+
+
+def compare(verb: str, argv: list[str]) -> int:
+    """Methods over seeds."""
+    return _experiment(verb, argv, None)
+
+
+def boost(verb: str, argv: list[str]) -> int:
+    """XGBLoRA over seeds."""
+    return _experiment(verb, argv, lambda config: ["boost" if config.recipe == "boost" else "xgblora"])
+
+
+def _experiment(verb: str, argv: list[str], methods: Callable[[ExperimentConfig], list[str]] | None) -> int:
+    set_up_output()
+    argv, dry = _dry(argv)
+    argv, file = with_config(ExperimentConfig, verb, argv)
+    config = parse_experiment(verb, argv)
+    if methods is not None:
+        config.methods = methods(config)
+    _note_changes(file, config)
+    if not dry:
+        _show(experiment(config, verb))
+        return 0
+    runs = arms(config)
+    workspace = Workspace(runs[0])
+    names = [folder_of(run).name for run in runs]
+    planned = {
+        _method(name): plan(run, workspace)
+        for name, run in zip(names, runs, strict=True)
+        if run.seed == config.seeds[0]
+    }
+    return _say([(name, planned[_method(name)]) for name in names])
+
+
+def _method(name: str) -> str:
+    return name.rpartition("_seed")[0]
+
+
+def check(verb: str, argv: list[str]) -> int:
+    """What flags mean, without training."""
+    set_up_output()
+    argv, file = with_config(CheckConfig, verb, argv)
+    config = parse(CheckConfig, verb, argv)
+    _note_changes(file, config)
+    return 0 if carry_out_check(config) else 1
+
+
+def demo(verb: str, argv: list[str]) -> int:
+    """The demo."""
+    set_up_output()
+    argv, _ = with_config(DemoConfig, verb, argv)
+    config = parse(DemoConfig, verb, argv)
+    result = carry_out_demo(config)
+    _show(result)
+    boosted = next((run.result for run in result.runs if run.result.method == "boost"), None)
+    if boosted is not None:
+        folder = arm_folder(Path(str(config.output_root)), "boost", boosted.seed)
+        print()
+        for line in closing(boosted, folder, dev_losses(folder), asks(task_of(config), "a warm and funny film")):
+            print(line)
+    return 0
+
+
+def asks(task: Task | Chat, example: str = "a text") -> str:
+    """How a model of this task is asked, for :func:`xgblora.report.closing`."""
+    if isinstance(task, Chat):
+        return "chat"
+    return f'predict "{example}"' if len(task.asking) == 1 else "predict --file rows.csv"
+
+
+def _dry(argv: list[str]) -> tuple[list[str], bool]:
+    """Without ``--dry_run``, and whether it was there."""
+    kept = [token for token in argv if token.replace("-", "_") != "__dry_run"]
+    return kept, len(kept) < len(argv)
+
+
+def _note_changes(file: RunFile | None, config: RunConfig) -> None:
+    if file is not None:
+        for what in file.changed(contents(config)):
+            logger.warning("Note: %s is not what it was when %s was written", what, file.path)
+
+
+def _say(plans: list[tuple[str, Plan]]) -> int:
+    for name, one in plans:
+        print(one.sentence(name))
+    if len(plans) > 1:
+        print(whole([one for _, one in plans]).sentence(f"all {len(plans)} runs"))
+    print("Nothing was trained.")
+    return 0
+
+
+def _show(result: Result) -> None:
+    print_table(results_table(result.runs), result.files)

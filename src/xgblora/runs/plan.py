@@ -1,0 +1,158 @@
+"""What a run will take, before it is begun: the model is loaded, three steps are timed, and all of it goes again."""
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xgblora.adapters.boosters import Ledger
+from xgblora.config import RunConfig, changed
+from xgblora.learn.evaluate import evaluate
+from xgblora.learn.schedule import resolve
+from xgblora.runs.run import attach_for
+from xgblora.runs.workspace import Workspace
+from xgblora.training.record import CurveRecorder, PeakMemory
+from xgblora.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+TIMED_STEPS = 3
+TIMED_EXAMPLES = 64
+"""Development or evaluation rows that are scored, and that a booster is fitted on, to see how long one takes."""
+SEARCHES = 7
+"""Step lengths that the search for a booster's tries, as a rule."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run will take. Seconds were measured on this machine."""
+
+    steps: int
+    merges: int | None
+    """None where the loss decides."""
+    trained: int
+    """Examples forwarded by training; both probes of a direction count."""
+    evaluated: int
+    """Examples scored."""
+    training_seconds: float
+    evaluation_seconds: float
+    peak_mb: float
+    """Of the timed steps."""
+
+    @property
+    def minutes(self) -> float:
+        """All of it."""
+        return (self.training_seconds + self.evaluation_seconds) / 60
+
+    def sentence(self, what: str) -> str:
+        """All of it in words."""
+        merges = "merges where the loss says so" if self.merges is None else f"{self.merges} merges"
+        return (
+            f"{what}: {self.steps:,} steps, {merges}; {self.trained:,} examples forwarded to train and "
+            f"{self.evaluated:,} to evaluate; about {self.minutes:.1f} minutes; peak memory {self.peak_mb:,.0f} MB"
+        )
+
+
+def plan(config: RunConfig, workspace: Workspace) -> Plan:
+    """Time three steps (or a small booster) and some evaluations of a run, and say what all of it will take.
+
+    Args:
+        config: The run's. Nothing is written to its folder.
+        workspace: With its model and rows.
+
+    Raises:
+        XgbloraError: As the run would.
+    """
+    rows = (*workspace.dev, *workspace.eval)[:TIMED_EXAMPLES]
+    begin = time.perf_counter()
+    evaluate(workspace.base, rows, workspace.loss, config.per_device_eval_batch_size)
+    scored = (time.perf_counter() - begin) / len(rows)
+    both = len(workspace.eval) + len(workspace.dev)
+    if config.trainer == "none":
+        shown = 1 + config.train_rows  # answered examples before each prompt
+        return Plan(0, 0, 0, 2 * both, 0.0, (1 + shown) * both * scored, 0.0)
+    memory = PeakMemory(config.device)
+    steps_per_epoch = -(
+        -len(workspace.train) // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    )
+    steps = config.max_steps if config.max_steps > 0 else round(config.num_train_epochs * steps_per_epoch)
+    merges = resolve(config, steps, steps_per_epoch).expected_merges if config.xgblora else 0
+    if config.recipe == "boost":
+        trained, seconds = _fitted(config, workspace)
+    else:
+        step_seconds, examples = _timed(config, workspace, workspace.train, TIMED_STEPS)
+        trained, seconds = steps * examples // TIMED_STEPS, steps * step_seconds
+    evaluations = _evaluations(config, steps, steps_per_epoch, merges)
+    evaluated = 2 * both + evaluations * len(workspace.dev)
+    return Plan(steps, merges, trained, evaluated, seconds, evaluated * scored, memory.read())
+
+
+def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
+    """Examples that recipe boost forwards, and its seconds: those of a small booster and its teacher, scaled up."""
+    few = workspace.train[: min(TIMED_EXAMPLES, len(workspace.train))]
+    small = changed(config, boost_boosters=1, boost_examples=len(few), boost_teacher_examples=len(few))
+    seconds, examples = _timed(small, workspace, few, 1)
+    rows = len(workspace.train)
+    searched = config.boost_searched(rows)
+    fitted, taught = min(rows - searched, config.boost_fitted), min(rows - searched, config.boost_teacher_examples)
+    forwarded = taught + searched + config.boost_boosters * (fitted + SEARCHES * searched)
+    return forwarded, seconds * forwarded / max(examples, 1)
+
+
+def _timed(config: RunConfig, workspace: Workspace, rows: Sequence, steps: int) -> tuple[float, int]:  # type: ignore[type-arg]
+    """Seconds of a step, and the examples that so many steps forward."""
+    adapters = attach_for(config, workspace.base)
+    try:
+        with tempfile.TemporaryDirectory(prefix="xgblora-") as folder:
+            settings: dict[str, Any] = {
+                "output_dir": folder,
+                "save_strategy": "no",
+                "eval_strategy": "no",
+                "eval_steps": None,
+            }
+            settings |= {
+                "disable_tqdm": True,
+                "report_to": [],
+                "early_stopping_boosters": 0,
+                "resume_from_checkpoint": None,
+            }
+            settings |= {"load_best_model_at_end": False}
+            short = changed(config, **settings | ({} if config.recipe == "boost" else {"max_steps": steps}))
+            short.train_as_classification, short.num_dev = workspace.classification, workspace.num_dev
+            ledger = Ledger(adapters)
+            trainer = Trainer(workspace.base.model, short, ledger, rows, None, workspace.reward or workspace.loss)
+            recorder = CurveRecorder(Path(folder), ledger)
+            trainer.add_callback(recorder)
+            trainer.train()
+            return statistics.median(recorder.step_seconds), trainer.cost.sequences
+    finally:
+        adapters.detach()
+
+
+def _evaluations(config: RunConfig, steps: int, steps_per_epoch: int, merges: int | None) -> int:
+    """How often the dev rows are scored on the way."""
+    if config.eval_strategy == "no":
+        return config.boost_boosters if config.recipe == "boost" and config.early_stopping_boosters else 0
+    every = config.eval_steps if config.eval_strategy == "steps" else steps_per_epoch
+    return int(steps / (every or 1)) if (every or 1) >= 1 else int(1 / float(every or 1))
+
+
+def whole(plans: Sequence[Plan]) -> Plan:
+    """Several runs, one after the other."""
+    total = plans[0]
+    for other in plans[1:]:
+        total = replace(
+            total,
+            steps=total.steps + other.steps,
+            merges=None if total.merges is None or other.merges is None else total.merges + other.merges,
+            trained=total.trained + other.trained,
+            evaluated=total.evaluated + other.evaluated,
+            training_seconds=total.training_seconds + other.training_seconds,
+            evaluation_seconds=total.evaluation_seconds + other.evaluation_seconds,
+            peak_mb=max(total.peak_mb, other.peak_mb),
+        )
+    return total
