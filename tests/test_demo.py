@@ -22,7 +22,7 @@ def test_a_short_demo_ends_with_table_and_figures(tmp_path: Path, capsys: pytest
         "training",
         "loss.png",
         "summary.png",
-        "metrics.json",
+        "summary.json",
     ):
         assert words in out
     assert "16 held-out test rows" in out

@@ -30,7 +30,7 @@ def notes(config: Any) -> list[str]:
     """Flags without effect and probes lost to rounding, a line each."""
     lines = []
     by_steps = config.xgblora and config.recipe == "classic" and config.xgblora_steps_per_iteration > 0
-    if by_steps and config.xgblora_merge_frequency > 0:
+    if by_steps and config.given("xgblora_merge_frequency") and config.xgblora_merge_frequency > 0:
         lines.append("--xgblora_merge_frequency has no effect: --xgblora_steps_per_iteration decides when to merge")
     lines += idle_flags(config, config).values()
     if (
@@ -56,14 +56,11 @@ def banner(config: Any) -> list[str]:
     lines = [f"  Alpha: {config.lora_alpha:g}", f"  Scaling (alpha/r): {config.scaling}"]
     if config.method == "lora":
         return [rule, "Standard LoRA Configuration:", f"  Rank: {config.rank}", *lines, rule]
-    lines = [
-        "XGBLoRA Configuration:",
-        f"  Actual rank used: {config.rank} (forced to 1 for XGBLoRA)",
-        *lines,
-        f"  Steps per iteration: {config.xgblora_steps_per_iteration}",
-        f"  Merge frequency (epochs): {config.xgblora_merge_frequency}",
-    ]
-    if config.recipe == "boost":
+    lines = ["XGBLoRA Configuration:", f"  Actual rank used: {config.rank} (forced to 1 for XGBLoRA)", *lines]
+    if config.recipe == "classic":
+        lines.append(f"  Steps per iteration: {config.xgblora_steps_per_iteration}")
+        lines.append(f"  Merge frequency (epochs): {config.xgblora_merge_frequency}")
+    else:
         lines += [
             "  Recipe: boost (pairs fitted to pseudo-residuals, forward passes only)",
             f"  Teacher: up to {config.boost_teacher_examples} examples   ridge: {config.boost_ridge:g}   "

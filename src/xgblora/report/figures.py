@@ -26,7 +26,7 @@ def draw_loss(runs: Sequence[Curves], path: Path) -> None:
         colour, style = COLOURS[number % 4], STYLES[number % 4]
         for run in group:
             axes.plot(
-                unit(run) * _column(run.loss, "step"),
+                unit(run) * _measured(run),
                 sign * _column(run.loss, "loss"),
                 color=colour,
                 alpha=0.25,
@@ -37,7 +37,7 @@ def draw_loss(runs: Sequence[Curves], path: Path) -> None:
             mean = sign * np.mean([_column(run.loss, "loss")[:shared] for run in group], axis=0)
             window = max(1, shared // 20)
             smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-            steps = unit(group[0]) * _column(group[0].loss, "step")[window - 1 : shared]
+            steps = unit(group[0]) * _measured(group[0])[window - 1 : shared]
             name = f"{label}, mean of {len(group)} seed(s)" + (f", running over {window} points" if window > 1 else "")
             axes.plot(steps, smooth, style, color=colour, linewidth=2.4, label=name)
         for run in group:
@@ -61,6 +61,11 @@ def draw_eval(runs: Sequence[Curves], path: Path) -> None:
             merged = np.array([line["merge"] for line in run.evals], dtype=bool)
             axes.plot(work_done[merged], reached[merged], "D", markersize=7, color=colour)
     _finish(figure, axes, path, merges=any(run.result.merges for run in runs), merge_marker="D")
+
+
+def _measured(run: Curves) -> np.ndarray:
+    """The step at which each training loss was measured: of a fitted booster it is that before the booster."""
+    return _column(run.loss, "step") - (1 if run.result.method == "boost" else 0)
 
 
 def _rewarded(runs: Sequence[Curves]) -> bool:

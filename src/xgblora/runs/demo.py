@@ -90,7 +90,13 @@ def demo(config: DemoConfig) -> Result:
         size = _begun(config) or _fitting(config)
         config = sized(config, cast(Size, size))
     logger.info("The demo in %s size, the base in %s", config.size, config.dtype)
-    return experiment(config, "demo")
+    of_runs = logging.getLogger("xgblora.runs.run")
+    level = of_runs.level
+    of_runs.setLevel(logging.WARNING)  # what flags mean is for whoever gives some
+    try:
+        return experiment(config, "demo")
+    finally:
+        of_runs.setLevel(level)
 
 
 def sized(config: DemoConfig, size: Size) -> DemoConfig:

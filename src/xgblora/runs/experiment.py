@@ -10,7 +10,6 @@ from xgblora.config import RunConfig, flag
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.report import (
-    METRICS,
     Curves,
     draw_eval,
     draw_loss,
@@ -200,7 +199,7 @@ def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
             continue
         draw(curves if draw is draw_summary or not trained else trained, path)
         files.append(path)
-    return Result(curves, [*files, summary, *(folder / METRICS for folder in folders)])
+    return Result(curves, [*files, summary])
 
 
 def _identical(curves: Sequence[Curves]) -> dict[str, bool]:

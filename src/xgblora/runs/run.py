@@ -26,7 +26,7 @@ from xgblora.runs.workspace import Workspace
 from xgblora.tasks import task_text
 from xgblora.training.checkpoints import last_checkpoint
 from xgblora.training.interruption import StopAtSignal, alone_in
-from xgblora.training.record import CurveRecorder, PeakMemory
+from xgblora.training.record import EVAL_LOSS, CurveRecorder, PeakMemory
 from xgblora.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,8 @@ def _train(
     memory = PeakMemory(config.device)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = memory.read()
+    if (folder / EVAL_LOSS).stat().st_size == 0:
+        (folder / EVAL_LOSS).unlink()  # nothing was evaluated on the way
     trainer.save_adapters(folder / ADAPTER)
     write_atomically(folder / STATE, lambda file: trainer.state.save_to_json(str(file)))
     merges = [booster.step for booster in ledger.boosters if booster.step]  # 0: what the run started from

@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 BEST_PAIR = "best_pair.safetensors"
 
 
+def boosters(count: int) -> str:
+    """So many boosters, in words."""
+    return f"{count} booster{'' if count == 1 else 's'}"
+
+
 class Merging(TrainerCallback):
     """Turns the pair in training into a booster after the steps that the schedule names."""
 
@@ -47,7 +52,7 @@ class Merging(TrainerCallback):
             logger.info(
                 "Merge schedule: %s; expected merges: %s",
                 self.schedule.describe(),
-                "decided by the loss" if expected is None else expected,
+                "decided by the loss" if expected is None else f"{expected} ({boosters(expected + 1)})",
             )
 
     def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

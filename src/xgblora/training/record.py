@@ -55,6 +55,8 @@ class CurveRecorder(TrainerCallback):
     def on_step_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._started)
         self.seconds += self.step_seconds[-1]
+        if state.global_step == state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # of a short run, too, something is seen
 
     def on_log(
         self, args: RunConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -62,7 +64,8 @@ class CurveRecorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         entry = {"step": state.global_step, "loss": logs["loss"], "epoch": state.epoch}
-        self._append(TRAINING_LOSS, entry | {name: logs[name] for name in LOGGED if name in logs})
+        idle = {"learning_rate"} if args.recipe == "boost" else set()
+        self._append(TRAINING_LOSS, entry | {name: logs[name] for name in LOGGED if name in logs and name not in idle})
 
     def on_dev_evaluation(self, state: TrainerState, loss: float, accuracy: float, reward: float | None) -> None:
         """Add a line to the evaluations on the development rows."""

@@ -244,6 +244,8 @@ class Trainer(hf.HookedTrainer):
         if "loss" in logs:
             del logs["loss"]
             logs |= self.meter.line()
+            if self.args.xgblora:
+                logs["booster"] = len(self.ledger.boosters) + 1  # the one in training
         if "train_loss" in logs:  # at the end: transformers knows the steps and the times since the last start alone
             logs = {"total_flos": logs["total_flos"]}
             if (mean := self.meter.mean_loss) is not None:
