@@ -6,6 +6,7 @@ from .config import RunConfig
 from .data.batch import Batch, Example
 from .errors import DivergedError, XgbloraError
 from .learn.evaluate import evaluate, evaluate_stages
+from .learn.fitted.writers import residual_writers
 from .learn.losses import OptionLoss, TextLoss
 from .learn.predictor import Prediction, Predictor, predict
 from .learn.rewards import Reward, length_penalised, load_reward
@@ -43,6 +44,7 @@ __all__ = [
     "load_splits",
     "load_task",
     "predict",
+    "residual_writers",
     "sample",
     "start_from",
 ]

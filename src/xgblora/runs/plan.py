@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xgblora.adapters.boosters import Ledger
-from xgblora.config import RunConfig, changed
+from xgblora.config import RunConfig, banner, changed
 from xgblora.learn.evaluate import evaluate
 from xgblora.learn.schedule import resolve
 from xgblora.runs.run import attach_for
@@ -67,6 +67,9 @@ def plan(config: RunConfig, workspace: Workspace) -> Plan:
     Raises:
         XgbloraError: As the run would.
     """
+    if config.trainer != "none":
+        for line in banner(config):
+            logger.info(line)
     rows = (*workspace.dev, *workspace.eval)[:TIMED_EXAMPLES]
     begin = time.perf_counter()
     evaluate(workspace.base, rows, workspace.loss, config.per_device_eval_batch_size)
@@ -105,6 +108,9 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
 
 def _timed(config: RunConfig, workspace: Workspace, rows: Sequence, steps: int) -> tuple[float, int]:  # type: ignore[type-arg]
     """Seconds of a step, and the examples that so many steps forward."""
+    package = logging.getLogger("xgblora")
+    level = package.level
+    package.setLevel(logging.WARNING)  # of steps that are thrown away nobody wants to hear
     adapters = attach_for(config, workspace.base)
     try:
         with tempfile.TemporaryDirectory(prefix="xgblora-") as folder:
@@ -131,6 +137,7 @@ def _timed(config: RunConfig, workspace: Workspace, rows: Sequence, steps: int) 
             return statistics.median(recorder.step_seconds), trainer.cost.sequences
     finally:
         adapters.detach()
+        package.setLevel(level)
 
 
 def _evaluations(config: RunConfig, steps: int, steps_per_epoch: int, merges: int | None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from xgblora.config import RunConfig, default_of
+from xgblora.config import UNSUPPORTED, RunConfig, default_of
 from xgblora.errors import XgbloraError, one_line
 from xgblora.files import write_atomically
 from xgblora.tasks import load_yaml
@@ -57,10 +57,10 @@ def write_run_yaml(folder: Path, verb: str, config: RunConfig, digests: Mapping[
     flags = {}
     for declared in dataclasses.fields(config):
         name = declared.name
-        if not declared.init or name in NEVER:
+        if not declared.init or name in NEVER or name in UNSUPPORTED:
             continue
-        value = getattr(config, name) if name in ALWAYS else config.asked[name]
-        if name in ALWAYS or value != default_of(declared):
+        value, default = getattr(config, name) if name in ALWAYS else config.asked[name], default_of(declared)
+        if name in ALWAYS or (value != default and (value, default) != (False, "no")):  # what the parser makes of "no"
             flags[name] = _plain(value)
     if config.task_file is not None:
         del flags["task_name"]

@@ -31,6 +31,7 @@ class BoostRecipe(Recipe):
     """Boosters fitted to pseudo-residuals; where there are options to choose from, they follow one teacher."""
 
     def __init__(self, adapters: Adapters, loss: AnswerLoss, config: RunConfig, prefix: Prefix) -> None:
+        require_writers(adapters)  # before anything is computed
         self.adapters = adapters
         self.config = config
         self.forwards = Forwards(adapters, loss, prefix)

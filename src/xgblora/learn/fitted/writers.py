@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import AdaptedLinear
@@ -23,12 +24,25 @@ READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn"
 """Layers inside a block, which may be as wide as the residual stream and yet do not write to it."""
 
 
-def residual_writers(base: Base) -> list[str]:
-    """Names of the layers that write attention and, where they are known, MLPs to the residual stream, as targets.
+def residual_writers(model: PreTrainedModel | Base) -> list[str]:
+    """Names of the layers that write attention and, where they are known, MLPs to the residual stream.
 
-    Names that plain PEFT would not load are left out. Raises :class:`XgbloraError` for an architecture that calls those
-    of the attention otherwise, and where none is left.
+    They are what ``--recipe boost`` adapts. Names that plain PEFT would not load are left out.
+
+    Args:
+        model: Without adapters.
+
+    Returns:
+        What :func:`xgblora.attach` takes as ``target_modules``.
+
+    Raises:
+        XgbloraError: An architecture that calls those of the attention otherwise, or one where none is left.
+
+    Example::
+
+        attach(model, xgblora=True, target_modules=residual_writers(model))
     """
+    base = Base.of(model)
     names = [name for block in base.layers.values() for name, _ in block.named_modules()]
     attention, mlp = (
         [writer for writer in writers if any(_is_called(name, writer) for name in names)]
@@ -59,7 +73,7 @@ def require_writers(adapters: Adapters) -> None:
         if layer.out_features != adapters.base.width or name.rpartition(".")[2] in READERS:
             raise XgbloraError(
                 f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
-                "--lora_target_modules"
+                "--lora_target_modules (in a library: attach with target_modules=xgblora.residual_writers(model))"
             )
 
 
