@@ -25,7 +25,7 @@ PAGES = [
     "examples/clients/README.md",
     *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
 ]
-READ_ONLY = ("docs/experiments.md", "docs/first_hour.md", "examples/clients/README.md", "docs/clients.md")
+READ_ONLY = ("docs/experiments.md", "examples/clients/README.md", "docs/clients.md")
 """Their commands take hours, or other tools: they must be ones that xgblora takes, and are run elsewhere."""
 OTHERS = ("git clone", "make ", "py -3.11", ".venv\\Scripts\\python -m pip", "python -m pip", "pip install", "hf auth")
 OTHERS = (
@@ -37,7 +37,8 @@ OTHERS = (
     "npm ",
     "vllm ",
     "llama-cli",
-    "python3 -m venv",
+    "python -m venv",
+    ".venv/bin/python -m pip",
 )
 """Commands that are not xgblora's."""
 FEW = "--num_train 24 --num_dev 8 --num_eval 12 --use_cpu true --disable_tqdm true"
@@ -82,6 +83,7 @@ def arguments(command: str) -> list[str]:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> Iterator[Path]:
     """A folder with what the docs' commands name, to run them in."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copytree(ROOT / "examples" / "own_data", tmp_path / "own_data")
     for folder in ("my_data", "my_rte"):
         (tmp_path / folder).mkdir()
     for split, count in (("train", 60), ("validation", 20)):
@@ -135,7 +137,7 @@ def test_commands_name_what_there_is(page: str, desk: Path) -> None:
     """Verbs, and flags with values that they take."""
     for block in blocks(page):
         for command in block.commands if block.language in ("", "powershell") else []:
-            verb, *argv = arguments(command.replace("...", ""))
+            verb, *argv = arguments(re.sub(r"\.\.\.|[\[\]]", "", command))
             assert verb in VERBS, command
             if (
                 verb not in KINDS

@@ -1,4 +1,4 @@
-"""Let transformers' pipeline choose the next word: python pipeline.py MERGED rows.csv. Nothing of xgblora is imported."""
+"""Let transformers' pipeline choose the next word, without xgblora: python pipeline.py MERGED rows.csv."""
 
 import csv
 import sys
