@@ -65,6 +65,15 @@ def test_flags_win_over_the_file_also_by_another_name(small: list[str], tmp_path
     assert (config["lora_r"], config["learning_rate"], config["xgblora_patience"]) == (2, 0.01, 7)
 
 
+def test_extra_flags_of_a_comparison_win_too(small: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 1e-2\nmax_steps: 2\nmethods: [lora]\nseeds: 0\n", encoding="utf-8")
+    flags = ["--config", str(file), "--output_root", str(tmp_path / "all"), "--extra_args", "--learning_rate", "0.5"]
+    assert main(["compare", *small, *flags]) == 0
+    config = json.loads((tmp_path / "all" / "lora_seed0" / "config.json").read_text("utf-8"))
+    assert (config["learning_rate"], config["max_steps"]) == (0.5, 2)
+
+
 def test_other_data_than_run_yaml_was_written_with_are_named(
     run: Run,
     small: list[str],

@@ -104,8 +104,8 @@ class Ledger:
             raise XgbloraError(f"there are {there} boosters, so not the first {count}")
         if count < there:
             self.adapters.truncate(count)
+            self.evaluation = self.boosters[count - 1].evaluation if count else None
             del self.boosters[max(count - 1, 0) :]
-            self.evaluation = None
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -86,9 +86,8 @@ class DemoConfig(ExperimentConfig):
 
 def demo(config: DemoConfig) -> Result:
     """Train all methods and report; the caller prints the table."""
-    if config.size == "auto":
-        size = _begun(config) or _fitting(config)
-        config = sized(config, cast(Size, size))
+    size = config.size if config.size != "auto" else _begun(config) or _fitting(config)
+    config = sized(config, cast(Size, size))
     logger.info("The demo in %s size, the base in %s", config.size, config.dtype)
     of_runs = logging.getLogger("xgblora.runs.run")
     level = of_runs.level
