@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from architectures import tiny
+from conftest import ARCHITECTURES, build
 from xgblora import Base, Ledger, RunConfig, XgbloraError, attach
 from xgblora.runs.run import attach_for
 
@@ -80,3 +81,22 @@ def test_layers_that_text_does_not_reach_take_no_adapter() -> None:
     assert not any("encoder_attn" in name for name in adapted)
     with pytest.raises(XgbloraError, match=r"does not call .* for text"):
         attach(tiny("whisper"), target_modules=r".*encoder_attn\.q_proj")
+
+
+def test_peft_joins_two_adapters_by_cat_and_not_by_linear(tmp_path: Path, randomise: Any) -> None:
+    """As the model card says: the joint update is the sum of both, which linear does not make."""
+    updates = []
+    for number in range(2):
+        model = build(ARCHITECTURES["llama"])
+        ledger = Ledger(attach(model, 1, 16, ["q_proj"], xgblora=True))
+        randomise(ledger.adapters, number)
+        ledger.save(tmp_path / str(number))
+        (layer, *_) = ledger.adapters.layers.values()
+        updates.append(layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach())
+    plain = PeftModel.from_pretrained(build(ARCHITECTURES["llama"]), str(tmp_path / "0"), adapter_name="a")
+    plain.load_adapter(str(tmp_path / "1"), adapter_name="b")
+    name = next(name for name, _ in plain.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+    for kind, right in (("cat", True), ("linear", False)):
+        plain.add_weighted_adapter(["a", "b"], [1.0, 1.0], kind, combination_type=kind)
+        joint = plain.get_submodule(name).get_delta_weight(kind)
+        assert torch.allclose(joint, updates[0] + updates[1], atol=1e-5) is right
