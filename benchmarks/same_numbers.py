@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("opt", "llama", "gpt2")
-PRECISIONS = {"float32": "", "bfloat16": "--load_bfloat16"}
+PRECISIONS = {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}
 FILES_LEFT_OUT = ("config.json", "trainer_state.json", "run.lock")
 METRICS_LEFT_OUT = ("seconds_per_step", "training_seconds", "peak_memory_mb")
 
