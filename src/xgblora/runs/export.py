@@ -13,7 +13,7 @@ from xgblora.adapters.files import LEDGER, TASK
 from xgblora.base import load_model
 from xgblora.config import flag
 from xgblora.errors import XgbloraError
-from xgblora.files import CARD, add_card, read_json, sealed_folder
+from xgblora.files import CARD, read_json, sealed_folder
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
 from xgblora.runs.folder import ADAPTER, CONFIG, base_name
@@ -92,14 +92,19 @@ def export(run: Path, config: ExportConfig) -> Path:
             tokenizer.save_pretrained(work)
             if facts is not None:
                 (work / TASK).write_text(task_text(facts.task), encoding="utf-8", newline="\n")
-                (work / CARD).write_text(card(facts, merged=True), encoding="utf-8", newline="\n")
+                _write_card(work, facts, merged=True)
     elif config.format == "gguf-lora":
         write_gguf(ledger.adapters, output)
     else:
-        ledger.save(output)
-        if facts is not None:
-            add_card(output, card(facts))
+        with sealed_folder(output, ledger.fingerprint) as work:
+            ledger.write(work)
+            if facts is not None:
+                _write_card(work, facts)
     return output
+
+
+def _write_card(folder: Path, facts: CardFacts, merged: bool = False) -> None:
+    (folder / CARD).write_text(card(facts, merged), encoding="utf-8", newline="\n")
 
 
 def _facts(run: Path, adapter: Path, ledger: Ledger, config: ExportConfig) -> CardFacts | None:
