@@ -7,7 +7,7 @@ from pathlib import Path
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse, parse_experiment, with_config
 from xgblora.config import RunConfig
-from xgblora.report import METRICS, closing, read_curves, results_table
+from xgblora.report import METRICS, RunResult, closing, read_curves, results_table
 from xgblora.runs.arms import arm_folder
 from xgblora.runs.check import CheckConfig
 from xgblora.runs.check import check as carry_out_check
@@ -19,7 +19,7 @@ from xgblora.runs.plan import Plan, plan, whole
 from xgblora.runs.run import run
 from xgblora.runs.run_yaml import RunFile
 from xgblora.runs.workspace import Workspace
-from xgblora.tasks import Chat, Task
+from xgblora.tasks import Chat
 from xgblora.training.record import TRAINING_LOSS
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ def train(verb: str, argv: list[str]) -> int:
     folder = folder_of(config)
     files = [folder / name for name in (ADAPTER, TRAINING_LOSS, METRICS)]
     curves = read_curves(folder)
-    for line in closing(curves.result, folder, dev_losses(folder), asks(task_of(config))):
-        print(line)
+    _close(curves.result, folder, config)
     _show(Result([curves], [file for file in files if file.exists()]))
     return 0
 
@@ -101,16 +100,16 @@ def demo(verb: str, argv: list[str]) -> int:
     if boosted is not None:
         folder = arm_folder(Path(str(config.output_root)), "boost", boosted.seed)
         print()
-        for line in closing(boosted, folder, dev_losses(folder), asks(task_of(config), "a warm and funny film")):
-            print(line)
+        _close(boosted, folder, config, "a warm and funny film")
     return 0
 
 
-def asks(task: Task | Chat, example: str = "a text") -> str:
-    """How a model of this task is asked, for :func:`xgblora.report.closing`."""
-    if isinstance(task, Chat):
-        return "chat"
-    return f'predict "{example}"' if len(task.asking) == 1 else "predict --file rows.csv"
+def _close(result: RunResult, folder: Path, config: RunConfig, example: str = "a text") -> None:
+    """Print what a run came to, and the command that asks its model, about ``example`` where a text will do."""
+    task = task_of(config)
+    asks = f'predict "{example}"' if len(task.asking) == 1 else "predict --file rows.csv"
+    for line in closing(result, folder, dev_losses(folder), "chat" if isinstance(task, Chat) else asks):
+        print(line)
 
 
 def _dry(argv: list[str]) -> tuple[list[str], bool]:

@@ -51,11 +51,14 @@ def set_up_output(log_to_stderr: bool = False) -> None:
         disable_progress_bars()
 
 
-def print_table(table: Table, files: Sequence[Path] = (), stream: TextIO | None = None) -> None:
+def console(stream: TextIO) -> Console:
+    """What draws on a stream: as wide as the terminal, or 130 columns where it is none."""
+    return Console(file=stream, width=None if stream.isatty() else 130, highlight=False)
+
+
+def print_table(table: Table, files: Sequence[Path] = ()) -> None:
     """Print a table, and the files that it comes from."""
-    stream = stream or sys.stdout
-    console = Console(file=stream, width=None if stream.isatty() else 130)
-    console.print()
-    console.print(table)
+    print()
+    console(sys.stdout).print(table)
     for path in files:
-        print(path, file=stream)
+        print(path)

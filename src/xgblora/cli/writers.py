@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xgblora.cli.output import console
 from xgblora.learn.predictor import Prediction
 from xgblora.tasks import Chat, Task
 
@@ -87,7 +87,7 @@ class TableWriter(RowWriter):
         self._table.add_row(Text(prediction.answer, "bold"), *sure, Text(beginning))
 
     def flush(self) -> None:
-        Console(file=self.stream, width=None if self.stream.isatty() else 130, highlight=False).print(self._table)
+        console(self.stream).print(self._table)
         self._shows_header = False
         self._table = self._new()
         super().flush()

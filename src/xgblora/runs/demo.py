@@ -16,7 +16,7 @@ from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import evaluate
 from xgblora.runs.experiment import ExperimentConfig, Result, experiment
 from xgblora.runs.folder import task_of
-from xgblora.runs.plan import SEARCHES
+from xgblora.runs.plan import SEARCHES, quiet
 from xgblora.runs.run_yaml import RUN_YAML, read_run_yaml
 from xgblora.tasks import encode, load_splits
 
@@ -89,13 +89,8 @@ def demo(config: DemoConfig) -> Result:
     size = config.size if config.size != "auto" else _begun(config) or _fitting(config)
     config = sized(config, cast(Size, size))
     logger.info("The demo in %s size, the base in %s", config.size, config.dtype)
-    of_runs = logging.getLogger("xgblora.runs.run")
-    level = of_runs.level
-    of_runs.setLevel(logging.WARNING)  # what flags mean is for whoever gives some
-    try:
+    with quiet("xgblora.runs.run"):  # what flags mean is for whoever gives some
         return experiment(config, "demo")
-    finally:
-        of_runs.setLevel(level)
 
 
 def sized(config: DemoConfig, size: Size) -> DemoConfig:

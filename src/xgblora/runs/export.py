@@ -9,14 +9,14 @@ import torch
 
 from xgblora.adapters.boosters import Ledger, load_adapters
 from xgblora.adapters.export import fold, write_gguf
-from xgblora.adapters.files import LEDGER, TASK
+from xgblora.adapters.files import TASK
 from xgblora.base import load_model
 from xgblora.config import flag
 from xgblora.errors import XgbloraError
 from xgblora.files import CARD, read_json, sealed_folder
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
-from xgblora.runs.folder import ADAPTER, CONFIG, base_name
+from xgblora.runs.folder import CONFIG, adapter_of, base_name
 from xgblora.tasks import load_task, task_text
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,7 @@ def export(run: Path, config: ExportConfig) -> Path:
         XgbloraError: There is no run, fewer boosters than asked for, no room for the format, or something stands at
             the place of the output already.
     """
-    adapter = run / ADAPTER if (run / ADAPTER / LEDGER).is_file() else run
-    if not (adapter / LEDGER).is_file():
-        raise XgbloraError(f"{run} holds no finished run: {run / ADAPTER / LEDGER} is missing")
+    adapter = adapter_of(run)
     if config.format not in ("peft", "merged", "gguf-lora"):
         raise XgbloraError(f"--format must be peft, merged or gguf-lora, got {config.format}")
     least = 0 if config.format == "merged" else 1

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from xgblora.adapters.boosters import Ledger, load_adapters
-from xgblora.adapters.files import LEDGER, TASK, read
+from xgblora.adapters.files import LEDGER, TASK
 from xgblora.base import Base, load_model
 from xgblora.config import RunConfig, flag, of_settings
 from xgblora.errors import XgbloraError, naming
 from xgblora.files import read_json, verify
 from xgblora.learn.predictor import Predictor
-from xgblora.runs.folder import ADAPTER, CONFIG, base_name, task_of
+from xgblora.runs.folder import CONFIG, adapter_of, base_name, task_of
 from xgblora.tasks import Chat, Task, load_task
 
 LONGEST = 2048
@@ -45,6 +45,7 @@ class FinishedRun:
     dtype: str
     task: Task | Chat
     max_length: int
+    boosters: int
     settings: dict[str, Any]
     """Of the run; empty for an adapter by itself."""
 
@@ -64,9 +65,7 @@ def read_finished(folder: Path) -> FinishedRun:
     Raises:
         XgbloraError: It holds no finished run, a file is damaged, or it does not say what the model is asked.
     """
-    adapter = folder / ADAPTER if (folder / ADAPTER / LEDGER).is_file() else folder
-    if not (adapter / LEDGER).is_file():
-        raise XgbloraError(f"{folder} holds no finished run: {folder / ADAPTER / LEDGER} is missing")
+    adapter = adapter_of(folder)
     fingerprint = verify(adapter)
     settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if (adapter / TASK).is_file():
@@ -83,6 +82,7 @@ def read_finished(folder: Path) -> FinishedRun:
         dtype=of_settings(settings) if settings else str(fingerprint["base dtype"]).removeprefix("torch."),
         task=task,
         max_length=settings.get("max_length", LONGEST),
+        boosters=len(read_json(adapter / LEDGER)["boosters"]) + 1,
         settings=settings,
     )
 
@@ -108,7 +108,7 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
     Raises:
         XgbloraError: The base model cannot be had, or is another one; or there are fewer boosters.
     """
-    count = len(read(run.adapter).entries["boosters"]) + 1
+    count = run.boosters
     if config.boosters is not None and config.boosters > count:
         raise XgbloraError(f"{run.folder} has {count} boosters: --boosters takes 0 to {count}, got {config.boosters}")
     name = config.model_name or run.model_name

@@ -75,6 +75,17 @@ def require_finished(run: Path) -> None:
             raise XgbloraError(f"{run} holds no finished run: {file} is missing")
 
 
+def adapter_of(run: Path) -> Path:
+    """The folder of the adapter of a finished run; an adapter's own folder may be given, too.
+
+    Raises :class:`XgbloraError` where there is none.
+    """
+    adapter = run / ADAPTER if (run / ADAPTER / LEDGER).is_file() else run
+    if not (adapter / LEDGER).is_file():
+        raise XgbloraError(f"{run} holds no finished run: {run / ADAPTER / LEDGER} is missing")
+    return adapter
+
+
 def base_name(run: Path, adapter: Path) -> str:
     """The base model that an adapter was trained on, as the run or the adapter says."""
     if (run / CONFIG).is_file():

@@ -4,7 +4,8 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def plan(config: RunConfig, workspace: Workspace) -> Plan:
     else:
         step_seconds, examples = _timed(config, workspace, workspace.train, TIMED_STEPS)
         trained, seconds = steps * examples // TIMED_STEPS, steps * step_seconds
-    evaluations = _evaluations(config, steps, steps_per_epoch, merges)
+    evaluations = _evaluations(config, steps, steps_per_epoch)
     evaluated = 2 * both + evaluations * len(workspace.dev)
     return Plan(steps, merges, trained, evaluated, seconds, evaluated * scored, memory.read())
 
@@ -106,27 +107,34 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
     return forwarded, seconds * forwarded / max(examples, 1)
 
 
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Hold back what a logger says inside the block, but for warnings."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@quiet("xgblora")  # of steps that are thrown away nobody wants to hear
 def _timed(config: RunConfig, workspace: Workspace, rows: Sequence, steps: int) -> tuple[float, int]:  # type: ignore[type-arg]
     """Seconds of a step, and the examples that so many steps forward."""
-    package = logging.getLogger("xgblora")
-    level = package.level
-    package.setLevel(logging.WARNING)  # of steps that are thrown away nobody wants to hear
     adapters = attach_for(config, workspace.base)
     try:
         with tempfile.TemporaryDirectory(prefix="xgblora-") as folder:
             settings: dict[str, Any] = {
-                "output_dir": folder,
-                "save_strategy": "no",
-                "eval_strategy": "no",
-                "eval_steps": None,
-            }
-            settings |= {
-                "disable_tqdm": True,
-                "report_to": [],
-                "early_stopping_boosters": 0,
+                **{"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "eval_steps": None},
+                **{
+                    "disable_tqdm": True,
+                    "report_to": [],
+                    "early_stopping_boosters": 0,
+                    "load_best_model_at_end": False,
+                },
                 "resume_from_checkpoint": None,
             }
-            settings |= {"load_best_model_at_end": False}
             short = changed(config, **settings | ({} if config.recipe == "boost" else {"max_steps": steps}))
             short.train_as_classification, short.num_dev = workspace.classification, workspace.num_dev
             ledger = Ledger(adapters)
@@ -137,10 +145,9 @@ def _timed(config: RunConfig, workspace: Workspace, rows: Sequence, steps: int) 
             return statistics.median(recorder.step_seconds), trainer.cost.sequences
     finally:
         adapters.detach()
-        package.setLevel(level)
 
 
-def _evaluations(config: RunConfig, steps: int, steps_per_epoch: int, merges: int | None) -> int:
+def _evaluations(config: RunConfig, steps: int, steps_per_epoch: int) -> int:
     """How often the dev rows are scored on the way."""
     if config.eval_strategy == "no":
         return config.boost_boosters if config.recipe == "boost" and config.early_stopping_boosters else 0
