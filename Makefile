@@ -22,7 +22,11 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-soak: install  # longer proofs: fifty runs killed again and again, ten thousand odd inputs
+.venv/soak: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[dev,soak]"
+	touch .venv/soak
+
+soak: .venv/soak  # longer proofs: fifty runs killed again and again, ten thousand odd inputs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m soak
 
 bench: install  # half an hour; docs/performance.md says what it shows

@@ -38,6 +38,18 @@ def test_tensorboard(small: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     assert {f"train/{name}" for name in SCALARS} <= set(read)
 
 
+@needs_tensorboard
+def test_a_tracker_that_cannot_start_ends_the_run_in_one_line(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "board").write_text("a file where a folder should be", encoding="utf-8")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    flags = [*FLAGS.split(), "--report_to", "tensorboard", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *small, *flags]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: --report_to: TensorBoard could not be started (")
+
+
 @needs_trackio
 def test_trackio(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: trackio keeps threads and a folder for a whole process."""
@@ -53,6 +65,40 @@ def test_trackio(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     logged = [(step, metrics) for step, metrics in read if "train/loss" in metrics]
     assert [metrics["train/loss"] for _, metrics in logged] == [loss for _, loss in losses(tmp_path / "run")]
     assert [metrics["train/booster"] for _, metrics in logged] == [1, 2, 2, 2]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="not installed")
+def test_mlflow(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    flags = [*FLAGS.split(), "--report_to", "mlflow", "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "xgblora", "train", *small, *flags]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+    def read(name: str) -> list[tuple[int, float]]:
+        (file,) = (tmp_path / "mlruns").rglob(f"metrics/{name}")
+        rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        return [(int(step), float(value)) for _, value, step in rows]
+
+    assert read("loss") == losses(tmp_path / "run")
+    assert [value for _, value in read("booster")] == [1, 2, 2, 2]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="not installed")
+def test_wandb(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its server; its file is a log of records, so only their names are looked for."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    flags = [*FLAGS.split(), "--report_to", "wandb", "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "xgblora", "train", *small, *flags]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    recorded = file.read_bytes()
+    assert {name for name in ("loss", *SCALARS) if f"train/{name}".encode() in recorded} == {"loss", *SCALARS}
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "nothing"])

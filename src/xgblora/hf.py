@@ -6,14 +6,17 @@ line, and not by a step that silently no longer happens.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from xgblora.errors import XgbloraError
 
 SUPPORTED = "transformers>=5.20,<6"
 
@@ -56,6 +59,13 @@ if missing := differences():
 
 class HookedTrainer(transformers.Trainer):
     """transformers' Trainer with its private hooks under public names, for a subclass to override."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__module__.startswith("transformers.integrations"):
+                name = type(callback).__name__.removesuffix("Callback")
+                callback.on_train_begin = partial(_start_tracker, name, callback.on_train_begin)
 
     def save_adapters(self, folder: Path) -> None:
         """Write what was trained, in place of the whole model."""
@@ -104,6 +114,15 @@ class HookedTrainer(transformers.Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
+
+
+def _start_tracker(name: str, start: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Let a tracker reach its server or its folder, before the first step."""
+    try:
+        start(*args, **kwargs)
+    except Exception as error:  # of the tracker's own kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise XgbloraError(f"--report_to: {name} could not be started ({reason})") from error
 
 
 def try_optimizer(args: TrainingArguments) -> str | None:
