@@ -128,12 +128,15 @@ def test_the_library_says_the_same(runs: Path, say: Say) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_the_first_boosters_alone(runs: Path, say: Say, count: int) -> None:
+def test_the_first_boosters_alone(runs: Path, say: Say, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     """As stages scores them: accuracy on the same rows, and the bare base with none of them."""
     _, out, _ = say("eval", runs / "chosen", "--file", runs / "test.csv", "--format", "json", "--boosters", count)
-    assert say("stages", runs / "chosen")[0] in (0, 2)
     assert main(["stages", str(runs / "chosen")]) == 0
+    printed = capsys.readouterr().out
     stages = json.loads((runs / "chosen" / "stages.json").read_text("utf-8"))
+    lowest = min(stages, key=lambda stage: stage["dev_loss"])
+    assert f"lowest with {lowest['boosters']} of {len(stages) - 1} boosters ({lowest['dev_loss']:.4f})" in printed
+    assert f"--boosters {lowest['boosters']}\n" in printed
     assert json.loads(out)["accuracy"] == stages[count]["accuracy"]
     assert json.loads(out)["loss"] == pytest.approx(stages[count]["loss"], rel=1e-5)
 

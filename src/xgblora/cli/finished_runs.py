@@ -5,6 +5,7 @@ from rich.table import Table
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse_of_run
 from xgblora.errors import XgbloraError
+from xgblora.report import stages_closing, wilson
 from xgblora.runs.export import ExportConfig
 from xgblora.runs.export import export as write_export
 from xgblora.runs.push import PushConfig
@@ -20,13 +21,16 @@ def stages(verb: str, argv: list[str]) -> int:
     _no_texts(texts)
     scored, files = evaluate_stages(run, config)
     table = Table(title=f"{run}: the first boosters alone")
-    for column in ("boosters", "test accuracy %", "test loss", "dev accuracy %", "dev loss"):
+    for column in ("boosters", "test accuracy %", "95 %", "test loss", "dev accuracy %", "dev loss"):
         table.add_column(column, justify="right")
     for stage in scored:
         dev = ("", "")
         if stage.dev_accuracy is not None:
             dev = (f"{100 * stage.dev_accuracy:.1f}", f"{stage.dev_loss:.4f}")
-        table.add_row(str(stage.boosters), f"{100 * stage.accuracy:.1f}", f"{stage.loss:.4f}", *dev)
+        low, high = (100 * end for end in wilson(round(stage.accuracy * stage.rows), stage.rows))
+        interval = f"{low:.1f}-{high:.1f}"
+        table.add_row(str(stage.boosters), f"{100 * stage.accuracy:.1f}", interval, f"{stage.loss:.4f}", *dev)
+    print(stages_closing({stage.boosters: stage.dev_loss for stage in scored if stage.dev_loss is not None}, run))
     print_table(table, files)
     return 0
 

@@ -1,6 +1,6 @@
 """What people look at: typed results, figures and tables of finished runs."""
 
-from xgblora.report.closing import closing, short
+from xgblora.report.closing import closing, short, stages_closing
 from xgblora.report.figures import draw_eval, draw_loss, draw_merge_eval, draw_stages, draw_summary
 from xgblora.report.intervals import wilson
 from xgblora.report.result import METRICS, Curves, RunResult, read_curves
@@ -19,6 +19,7 @@ __all__ = [
     "read_curves",
     "results_table",
     "short",
+    "stages_closing",
     "summarise",
     "wilson",
 ]

@@ -25,6 +25,22 @@ def closing(result: RunResult, folder: Path, dev_losses: Mapping[int, float], as
     return lines
 
 
+def stages_closing(dev_losses: Mapping[int, float], folder: Path) -> str:
+    """Which stage of a run the dev rows would choose, and what to type for its answers.
+
+    Args:
+        dev_losses: The dev loss with the first k boosters; empty for a run without dev rows.
+        folder: The run's.
+    """
+    if not dev_losses:
+        return "There are no dev rows to choose a stage by (--num_dev); test rows choose nothing."
+    best, last = min(dev_losses, key=dev_losses.__getitem__), max(dev_losses)
+    return (
+        f"The dev loss is lowest with {best} of {last} boosters ({dev_losses[best]:.4f}).\n"
+        f'Next: xgblora predict {folder.as_posix()} "a text" --boosters {best}'
+    )
+
+
 def short(result: RunResult) -> str:
     """The result in one line, for a log of several runs."""
     low, high = (100 * end for end in result.interval)

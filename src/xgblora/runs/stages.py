@@ -31,6 +31,8 @@ class Stage:
     """The model with its first boosters."""
 
     boosters: int
+    rows: int
+    """Evaluation rows, so that a reader can say how far chance reaches."""
     accuracy: float
     loss: float
     dev_accuracy: float | None
@@ -66,7 +68,8 @@ def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
     table = []
     for count, test in enumerate(scored[workspace.eval_split]):
         dev = scored["dev"][count] if "dev" in scored else None
-        table.append(Stage(count, test.accuracy, test.loss, dev.accuracy if dev else None, dev.loss if dev else None))
+        chosen_by = (dev.accuracy, dev.loss) if dev else (None, None)
+        table.append(Stage(count, len(workspace.eval), test.accuracy, test.loss, *chosen_by))
     write_json(run / STAGES, [asdict(stage) for stage in table])
     figure = run / "stages.png"
     draw_stages(
