@@ -23,7 +23,8 @@ from rich.table import Table
 
 from xgblora import Example, Ledger, OptionLoss, RunConfig, attach, load_adapters, load_model
 from xgblora.adapters.export import write_gguf
-from xgblora.base.load import embedded_model_file
+from xgblora.base.wheels import shipped_file
+from xgblora.config import EMBEDDED_MODEL
 from xgblora.runs.workspace import Workspace
 
 EVERY_LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -95,14 +96,14 @@ def main() -> None:
         prompts = [{"prompt": e.prompt, "options": [option[0] for option in e.options]} for e in workspace.dev]
         rows.write_text(json.dumps(prompts), encoding="utf-8")
         float32 = Path(scratch) / "base.gguf"
-        in_float32(embedded_model_file(), float32)
+        in_float32(shipped_file(EMBEDDED_MODEL), float32)
         for name, ledger in adapters.items():
             file = Path(scratch) / "adapter.gguf"
             write_gguf(ledger.adapters, file)
             with ledger.adapters.first(0):
                 bare = ours(ledger, workspace.dev)
             adapted = ours(ledger, workspace.dev)
-            for kind, base in (("float32", float32), ("Q4_1", embedded_model_file())):
+            for kind, base in (("float32", float32), ("Q4_1", shipped_file(EMBEDDED_MODEL))):
                 off = np.abs(ask(asked.modules, base, file, rows) - adapted)
                 off_bare = np.abs(ask(asked.modules, base, None, rows) - bare)
                 table.add_row(

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from xgblora.base.load import embedded_model_file
+from xgblora.base.wheels import shipped_file
 from xgblora.cli import main
+from xgblora.config import EMBEDDED_MODEL
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = ROOT / "examples" / "clients"
@@ -99,7 +100,7 @@ def test_llama_cpp(made: Path, ours: dict[str, Any], tmp_path: Path) -> None:
         printed_by(["npm", "install", "--no-audit", "--no-fund", "node-llama-cpp@3.22.1", "csv-parse"], tmp_path)
     except AssertionError:
         pytest.skip("npm's registry cannot be reached")
-    files = [str(embedded_model_file()), str(made / "mine.gguf"), str(ROWS)]
+    files = [str(shipped_file(EMBEDDED_MODEL)), str(made / "mine.gguf"), str(ROWS)]
     right, rows, loss = numbers(printed_by(["node", "llama_cpp.mjs", *files], tmp_path))
     assert right / rows == pytest.approx(ours["accuracy"], abs=0.04)
     assert loss == pytest.approx(ours["loss"], abs=0.02)

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from conftest import ARCHITECTURES, build, byte_tokenizer
 from xgblora import Ledger, XgbloraError, attach, load_model
 from xgblora.adapters.export import fold, pair_rotary, write_gguf
-from xgblora.base.load import embedded_model_file
+from xgblora.base.wheels import shipped_file
 from xgblora.cli import main
+from xgblora.config import EMBEDDED_MODEL
 from xgblora.runs.export import ExportConfig, export
 
 IDS = torch.tensor([[3, 40, 41, 42, 43, 44]])
@@ -114,7 +115,9 @@ def test_gguf_holds_the_update_under_llama_cpps_names(run: tuple[Path, list[torc
 def test_rotary_rows_stand_in_ggufs_order(layer: str, tensor: str, heads: int) -> None:
     """The embedded model is a .gguf: its own q and k must be transformers' rows in the order we write."""
     model, _ = load_model()
-    stored = next(t for t in gguf.GGUFReader(embedded_model_file()).tensors if t.name == f"blk.3.{tensor}.weight")
+    stored = next(
+        t for t in gguf.GGUFReader(shipped_file(EMBEDDED_MODEL)).tensors if t.name == f"blk.3.{tensor}.weight"
+    )
     theirs = gguf.quants.dequantize(stored.data, stored.tensor_type)
     ours = model.get_submodule(f"model.layers.3.self_attn.{layer}").weight.numpy()
     np.testing.assert_array_equal(pair_rotary(ours, heads), theirs)

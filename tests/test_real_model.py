@@ -6,7 +6,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conftest import estimate, option_scores
 from xgblora import Base, Example, Ledger, attach, encode, evaluate, load_model, load_splits
-from xgblora.base.load import embedded_model_file
+from xgblora.base.wheels import shipped_file
+from xgblora.config import EMBEDDED_MODEL
 from xgblora.data.batch import build_batch
 from xgblora.tasks import TASKS
 
@@ -20,9 +21,10 @@ def loaded() -> Loaded:
     return model, tokenizer, encode(task, load_splits(task)["train"].select(range(0, 6400, 100)), tokenizer, 2048)
 
 
-def test_the_converted_model_is_the_gguf(loaded: Loaded) -> None:
+@pytest.mark.parametrize("unpack", [True, False])
+def test_the_converted_model_is_the_gguf(unpack: bool, loaded: Loaded) -> None:
     model, _, rows = loaded
-    direct, _ = load_model(str(embedded_model_file()))
+    direct, _ = load_model(str(shipped_file(EMBEDDED_MODEL)), unpack=unpack)
     ids = torch.tensor([rows[0].prompt])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, direct(ids).logits)

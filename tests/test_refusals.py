@@ -218,7 +218,7 @@ def test_a_rank_that_no_layer_has_is_refused_before_it_takes_memory(model_folder
             "--dataloader_prefetch_factor must be at least 1",
         ),
         ("--adam_beta1 1.5 --optim adamw_torch", "--adam_beta1 must be"),
-        ("--report_to wandb", "--report_to wandb is not known, or its package is not installed"),
+        ("--report_to nothing", "--report_to nothing is not known, or its package is not installed"),
         ("--report_to nonsense", "--report_to nonsense is not known"),
         ("--optim adamw_bnb_8bit", "--optim adamw_bnb_8bit: You need to install `bitsandbytes`"),
         ("--optim lomo", "--optim lomo: "),

@@ -6,12 +6,13 @@ line, and not by a step that silently no longer happens.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -152,6 +153,61 @@ def try_optimizer(args: TrainingArguments) -> str | None:
     except Exception as error:  # settings that it does not know, or lacks
         return f"--lr_scheduler_type {schedule_name}: {error} (set --lr_scheduler_kwargs)"
     return None
+
+
+def dequantize(packed: torch.Tensor, kind: int) -> torch.Tensor:
+    """Unpack whole GGUF blocks (blocks, bytes) or rows of them to float32, flat."""
+    from transformers.integrations.gguf.dequant import dequantize as theirs
+
+    return theirs(packed, kind)
+
+
+class GgufNames:
+    """Which weight of a model each tensor of a .gguf file is, and what it has been through.
+
+    Args:
+        model: The model, its weights anywhere.
+        architecture: As the file names it.
+
+    Raises:
+        XgbloraError: transformers does not read this architecture by these tables.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: str) -> None:
+        from transformers import modeling_gguf_pytorch_utils as tables
+        from transformers.integrations.gguf import is_gguf_arch_supported
+
+        if is_gguf_arch_supported(architecture):
+            raise XgbloraError(f"{architecture} files cannot stay packed")
+        processor = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
+        self._processor = processor(config=model.config.to_dict())
+        self._collected: dict[str, Any] = {"tensors": {}}
+        self.names: Mapping[str, str] = tables.get_gguf_hf_weights_map(model, self._processor)
+        """{the file's name: the model's}."""
+
+    def process(self, values: np.ndarray, name: str) -> tuple[str | None, np.ndarray]:
+        """The model's name for a tensor of the file, and its values as the model has them.
+
+        The name is None for a tensor that the model has no place for, and for a part of a larger weight, of which
+        :meth:`collected` speaks in the end.
+        """
+        settings = {"tensor_key_mapping": self.names, "parsed_parameters": self._collected}
+        result = self._processor.process(weights=values, name=name, **settings)
+        return self.names.get(result.name), result.weights
+
+    def collected(self) -> dict[str, np.ndarray]:
+        """Weights of the model, by its names, that were made of several tensors of the file."""
+        return {name: tensor.numpy() for name, tensor in self._collected["tensors"].items()}
+
+
+@contextmanager
+def hollow() -> Iterator[None]:
+    """Models made inside the block have weights without memory (on the meta device); buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
 
 
 def use_one_device(args: TrainingArguments) -> None:

@@ -1,15 +1,9 @@
 """What a model says of its own architecture: its decoder layers, its context, what it does to logits."""
 
-import hashlib
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-SAMPLED = 64
-"""Entries of each weight that a fingerprint looks at."""
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -44,28 +38,3 @@ def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
         if (cap := getattr(config, name, None)) is not None:
             logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells one base model from another, as JSON values: architecture, sizes, dtype, a hash over all weights.
-
-    The hash takes up to SAMPLED entries, evenly spread, of every weight as it is stored: reading all of a large model
-    would take longer than loading it.
-    """
-    digest = hashlib.sha256()
-    dtype = None
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        entries = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu().contiguous()
-        digest.update(name.encode())
-        digest.update(entries.view(torch.uint8).numpy().tobytes())
-        dtype = dtype or str(weight.dtype).removeprefix("torch.")
-    config = model.config.get_text_config()
-    return {
-        "architecture": type(model).__name__,
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "dtype": dtype,
-        "weights": digest.hexdigest(),
-    }

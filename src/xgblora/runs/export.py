@@ -70,7 +70,9 @@ def export(run: Path, config: ExportConfig) -> Path:
         raise XgbloraError(f"{output} exists: choose another --output")
     # In float32: folded and written from the original weights.
     model, tokenizer = load_model(
-        config.model_name or base_name(run, adapter), trust_remote_code=config.trust_remote_code
+        config.model_name or base_name(run, adapter),
+        trust_remote_code=config.trust_remote_code,
+        unpack=config.format == "merged",
     )
     ledger = load_adapters(model, adapter)
     if config.boosters is not None:

@@ -63,7 +63,9 @@ class Workspace:
         if message := too_few_rows(config, len(self._samples.train)):
             raise XgbloraError(message)
 
-        model, self.tokenizer = load_model(config.model_name, config.torch_dtype, config.trust_remote_code)
+        model, self.tokenizer = load_model(
+            config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
+        )
         self.base = Base(model.to(config.device))
         writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
         self.loss: AnswerLoss = OptionLoss() if self.classification else TextLoss(writer)

@@ -1,0 +1,57 @@
+"""What tells one base model from another."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xgblora.base.packed import PackedEmbedding, PackedLinear, PackedWeight
+
+SAMPLED = 64
+"""Entries of each weight that a fingerprint looks at."""
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one base model from another, as JSON values: architecture, sizes, dtype, a hash over all weights.
+
+    The hash takes up to SAMPLED entries, evenly spread, of every weight as it is multiplied: reading all of a large
+    model would take longer than loading it. A packed model and the same one unpacked are one model.
+    """
+    digest = hashlib.sha256()
+    dtype = None
+    for name, weight in _weights(model):
+        digest.update(name.encode())
+        digest.update(_sampled(weight).view(torch.uint8).numpy().tobytes())
+        dtype = dtype or str(weight.dtype).removeprefix("torch.")
+    config = model.config.get_text_config()
+    return {
+        "architecture": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "dtype": dtype,
+        "weights": digest.hexdigest(),
+    }
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """Every weight once, by the name and in the order of ``named_parameters`` of an unpacked model."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        packed = [("weight", module.weight)] if isinstance(module, PackedLinear | PackedEmbedding) else []
+        for name, weight in [*packed, *module.named_parameters(recurse=False)]:
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{prefix}.{name}" if prefix else name, weight
+
+
+def _sampled(weight: Tensor | PackedWeight) -> Tensor:
+    if isinstance(weight, Tensor):
+        flat = weight.detach().flatten()
+        return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu().contiguous()
+    rows, columns = weight.shape
+    places = torch.arange(0, rows * columns, max(1, rows * columns // SAMPLED))[:SAMPLED]
+    return weight[places // columns][torch.arange(len(places)), places % columns].cpu()

@@ -1,0 +1,145 @@
+"""A .gguf file as a model whose weights stay in the file."""
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from xgblora import hf
+from xgblora.base.header import StoredTensor, read_gguf_header
+from xgblora.base.packed import PackedEmbedding, PackedLinear, PackedWeight
+from xgblora.base.packed_file import PackedFile
+from xgblora.base.unpack import KINDS, unpack
+from xgblora.errors import XgbloraError
+
+logger = logging.getLogger(__name__)
+
+
+def read_packed(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, memory_budget: int | None = None
+) -> PreTrainedModel:
+    """Build the model of a .gguf file on its mapped bytes.
+
+    Linear layers and embeddings stay packed. What the model has in another form (a norm less one, a transposed
+    weight, experts in one stack) is unpacked, and the log says how much.
+
+    Args:
+        path: The file. It is mapped, not read: its pages are in memory once, whoever uses them.
+        config: Its configuration.
+        dtype: Of products, and of what is unpacked.
+        memory_budget: Bytes that the process may have resident (:class:`PackedFile`).
+
+    Raises:
+        XgbloraError: The file is damaged, lacks a weight, holds one of another shape or of a kind that cannot be
+            unpacked, or is of an architecture that transformers reads in another way.
+    """
+    header = read_gguf_header(path)
+    for stored in header.tensors:
+        if stored.kind not in KINDS:
+            known = ", ".join(kind.name for kind in KINDS)
+            raise XgbloraError(f"its {stored.name} is packed as {stored.kind.name}, and only {known} are known")
+    with hf.hollow():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # hollow weights are made anew, one by one
+    names = hf.GgufNames(model, header.architecture)
+    filling = _Filling(model, names, PackedFile(path, memory_budget))
+    for stored in header.tensors:
+        filling.put(stored)
+    filling.finish()
+    return model
+
+
+def _row_bytes(stored: StoredTensor) -> int:
+    return stored.size * stored.shape[-1] // math.prod(stored.shape)
+
+
+class _Filling:
+    """Puts the tensors of a file into a hollow model, one by one."""
+
+    def __init__(self, model: PreTrainedModel, names: hf.GgufNames, file: PackedFile) -> None:
+        self.model, self.names, self.file, self.dtype = model, names, file, model.dtype
+        self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+        shared: dict[int, list[str]] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            shared.setdefault(id(weight), []).append(name)
+        self.twins = {name: names for names in shared.values() for name in names}
+        """{weight: all names of it}: a tied head is the table of embeddings."""
+        self.packed = self.unpacked = 0
+
+    def put(self, stored: StoredTensor) -> None:
+        """Fill the place of one tensor."""
+        rows = self.file.mapped(stored.start, stored.size).view(-1, _row_bytes(stored))
+        target = self.names.names.get(stored.name, "")
+        if target in self.shapes and self._can_stay_packed(target):
+            order = self._order(stored, target)
+            if order is not None:
+                self._require_shape(stored.shape, target)
+                shape = stored.shape[0], stored.shape[1]
+                mapped = self.file, stored.start, stored.size
+                weight = PackedWeight(rows, stored.kind, shape, self.dtype, order, mapped)
+                for name in self.twins[target]:
+                    self._stand_in(name.removesuffix(".weight"), weight)
+                self.packed += stored.size
+                return
+        values = torch.empty(len(rows), stored.shape[-1])
+        unpack(rows, stored.kind, torch.arange(len(rows), dtype=torch.int32), values)
+        place, made = self.names.process(values.numpy().reshape(stored.shape), stored.name)
+        if place is not None:
+            self._set(place, made)
+
+    def finish(self) -> None:
+        """Raise :class:`XgbloraError` where a weight is still without values."""
+        for name, made in self.names.collected().items():
+            self._set(name, made)
+        empty = [name for name, weight in self.model.named_parameters() if weight.device.type == "meta"]
+        if empty:
+            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+            raise XgbloraError(f"its file lacks {empty[0]}{more}")
+        logger.info("%.0f MB stay packed, %.1f MB are unpacked", self.packed / 1e6, self.unpacked / 1e6)
+
+    def _can_stay_packed(self, target: str) -> bool:
+        modules = [self.model.get_submodule(name.rpartition(".")[0]) for name in self.twins[target]]
+        return all(
+            name.endswith(".weight") and (type(module) is nn.Linear or isinstance(module, nn.Embedding))
+            for name, module in zip(self.twins[target], modules, strict=True)
+        )
+
+    def _order(self, stored: StoredTensor, target: str) -> Tensor | None:
+        """Which row of the file is row 0, 1, ... of the model's weight; None where the two differ in another way.
+
+        Asked of transformers itself, with the numbers of the rows in place of their values.
+        """
+        if len(stored.shape) != 2:
+            return None
+        numbers = np.arange(stored.shape[0], dtype=np.int32)
+        probe = np.broadcast_to(numbers[:, None], stored.shape)
+        name, made = self.names.process(probe, stored.name)
+        if name != target or made.shape != stored.shape:
+            return None
+        order = made[:, 0]
+        if made is not probe and not (np.array_equal(np.sort(order), numbers) and (made == order[:, None]).all()):
+            return None
+        return torch.from_numpy(order.copy())
+
+    def _stand_in(self, name: str, weight: PackedWeight) -> None:
+        module = self.model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            self.model.set_submodule(name, PackedEmbedding(weight, module))
+        else:
+            self.model.set_submodule(name, PackedLinear(weight, module.bias))
+
+    def _set(self, name: str, values: np.ndarray) -> None:
+        self._require_shape(values.shape, name)
+        weight = nn.Parameter(torch.tensor(values).to(self.dtype), requires_grad=False)
+        for twin in self.twins[name]:
+            module, _, attribute = twin.rpartition(".")
+            setattr(self.model.get_submodule(module), attribute, weight)
+        self.unpacked += weight.nbytes
+
+    def _require_shape(self, shape: tuple[int, ...], name: str) -> None:
+        if tuple(shape) != self.shapes[name]:
+            raise XgbloraError(f"{name} is {tuple(shape)} there, {self.shapes[name]} by its header")

@@ -1,0 +1,202 @@
+"""Weights that stay as a .gguf file holds them, and the layers that multiply by them.
+
+A weight is unpacked right before its product, a tile of rows at a time, into one buffer that all layers reuse. The
+numbers and the products are those of an unpacked model, so its losses are the same to the last bit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from xgblora.base.compilation import Opaque
+from xgblora.base.packed_file import PackedFile
+from xgblora.base.unpack import unpack
+
+TILE = 2**20
+"""Weights unpacked at once: 4 MB in float32, which stay in the processor's cache until they are multiplied."""
+
+Move = Callable[[Tensor], Tensor]
+
+
+class PackedWeight:
+    """A weight (rows, columns) as a file holds it. ``weight[rows]`` unpacks rows, as of a tensor.
+
+    Args:
+        packed: (rows, bytes) uint8; mapped from a file, it takes no memory of its own.
+        kind: How numbers are packed.
+        shape: Rows and columns.
+        dtype: Of what is unpacked: float32 first, cast afterwards.
+        order: Which packed row is row 0, 1, ... of the weight; by default they lie in order.
+        place: Which bytes of which file ``packed`` is mapped from, if it is: (file, first byte, bytes).
+    """
+
+    def __init__(
+        self,
+        packed: Tensor,
+        kind: Kind,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+        place: tuple[PackedFile, int, int] | None = None,
+    ) -> None:
+        self.packed, self.kind, self.shape, self.dtype, self.place = packed, kind, shape, dtype, place
+        self.order = (torch.arange(shape[0]) if order is None else order).to(packed.device, torch.int32)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Rows of the weight (wanted, columns), in :attr:`dtype`."""
+        wanted = self.order[rows]
+        out = torch.empty(len(wanted), self.shape[1], device=self.device)
+        with self._in_use():
+            unpack(self.packed, self.kind, wanted, out)
+        return out.to(self.dtype)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Read the weight inside the block."""
+        if self.place is None:
+            yield
+            return
+        file, *place = self.place
+        file.require_unchanged()
+        yield
+        file.used(*place)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its bytes are."""
+        return self.packed.device
+
+    def parts(self, rows: slice) -> list[slice]:
+        """``rows``, from a first to a last one, as few as a tile holds at a time."""
+        length = max(1, TILE // self.shape[1])
+        return [slice(start, min(start + length, rows.stop)) for start in range(rows.start, rows.stop, length)]
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows, some at a time: which, and what they hold until the next are asked for."""
+        columns = self.shape[1]
+        with self._in_use():
+            for part in self.parts(slice(0, self.shape[0])):
+                wanted = self.order[part]
+                tile = _buffer(torch.float32, self.device, len(wanted), columns)
+                unpack(self.packed, self.kind, wanted, tile)
+                if self.dtype != torch.float32:
+                    tile = _buffer(self.dtype, self.device, len(wanted), columns).copy_(tile)
+                yield part, tile
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
+        """Itself: copies of a model share what neither writes to."""
+        return self
+
+    def move(self, fn: Move) -> None:
+        """Follow what ``nn.Module.to`` does to the module that holds it."""
+        packed = fn(self.packed)
+        if packed is not self.packed:
+            self.packed, self.place = packed, None  # on another device it is a copy
+        self.order = fn(self.order)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+
+
+_buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _buffer(dtype: torch.dtype, device: torch.device, rows: int, columns: int) -> Tensor:
+    """The one buffer of a precision, as (rows, columns)."""
+    held = _buffers.get((dtype, device))
+    if held is None or held.numel() < rows * columns:
+        with torch.inference_mode(False):  # it serves forwards with gradients, too
+            held = _buffers[dtype, device] = torch.empty(max(TILE, rows * columns), dtype=dtype, device=device)
+    return held[: rows * columns].view(rows, columns)
+
+
+class PackedLinear(Opaque):
+    """A frozen linear layer on a packed weight, (..., in) -> (..., out)."""
+
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.reordered = False
+        """Whether products are those of the CPU library's own layout (:mod:`xgblora.base.cpu_layout`)."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            result: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return result
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """What :meth:`compute` gives, unknown to autograd."""
+        multiply = self._as_reordered if self.reordered else F.linear
+        parts = []
+        for part, tile in self.weight.tiles():
+            parts.append(multiply(x, tile, None if self.bias is None else self.bias[part]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def _as_reordered(x: Tensor, tile: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() == x.shape[-1]:  # of one position the library multiplies a plain weight in another order
+            tile = torch.ops.mkldnn._reorder_linear_weight(tile)  # noqa: SLF001 (torch has no other name)
+        multiply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (torch has no other name)
+        result: Tensor = multiply(x, tile, bias, "none", [], "")
+        return result
+
+    def _apply(self, fn: Move, recurse: bool = True) -> Any:
+        self.weight.move(fn)
+        return super()._apply(fn, recurse)
+
+
+class _Product(torch.autograd.Function):
+    """The product as autograd knows it: the weight is unpacked again for the way back."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layer: PackedLinear) -> Tensor:
+        cast(Any, ctx).layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        weight = cast(Any, ctx).layer.weight
+        total = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
+        for part, tile in weight.tiles():
+            total += gradient[..., part] @ tile
+        return total, None
+
+
+class PackedEmbedding(nn.Module):
+    """A table of embeddings on a packed weight: rows are unpacked as they are looked up.
+
+    Args:
+        weight: The table (words, width).
+        source: The module in whose place it stands; it loses its own table. What its class does beside looking up
+            (multiply by a scale, say) is done.
+    """
+
+    def __init__(self, weight: PackedWeight, source: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = weight
+        self.source = source
+        del source.weight
+        source.padding_idx = None  # it matters for gradients alone
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> (..., width)."""
+        words, place = ids.unique(return_inverse=True)
+        self.source.weight = self.weight[words]  # type: ignore[assignment]
+        try:
+            result: Tensor = self.source(place)
+        finally:
+            del self.source.weight
+        return result
+
+    def _apply(self, fn: Move, recurse: bool = True) -> Any:
+        self.weight.move(fn)
+        return super()._apply(fn, recurse)
