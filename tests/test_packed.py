@@ -35,6 +35,7 @@ from conftest import train
 from xgblora import Base, Example, XgbloraError, attach, residual_writers
 from xgblora.base import packed as packed_module
 from xgblora.base import unpack as unpack_module
+from xgblora.base.cpu_layout import ReorderedLinear
 from xgblora.base.load import load_model
 from xgblora.base.packed import PackedLinear, PackedWeight
 from xgblora.base.unpack import unpack
@@ -131,6 +132,20 @@ def test_every_kind_of_file(kind: Kind, written: Written) -> None:
         ours, theirs = (model(input_ids=tokens, use_cache=False).logits for model in models)
     assert torch.equal(ours, theirs)
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", [1, 2, 7, 60])
+def test_tiles_in_the_librarys_layout_change_nothing(positions: int, dtype: torch.dtype) -> None:
+    """A weight of several tiles, for few positions too: an answer is written one by one."""
+    stored = torch.from_numpy(random_rows(Kind.Q4_K, (6000, 256), np.random.default_rng(0)))
+    model = torch.nn.ModuleDict({"layer": PackedLinear(PackedWeight(stored, Kind.Q4_K, (6000, 256), dtype))})
+    plain = torch.nn.Linear(256, 6000, bias=False, dtype=dtype)
+    plain.weight.data = model["layer"].weight[:]
+    x = torch.randn(positions, 256, dtype=dtype)
+    with torch.inference_mode():
+        model["layer"].reordered = True
+        assert torch.equal(model["layer"](x), ReorderedLinear(plain.requires_grad_(False))(x))
 
 
 def test_tiles_change_nothing(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
