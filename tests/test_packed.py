@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -226,6 +227,18 @@ def test_from_a_file_to_an_answer(written: Written, tmp_path: Path, capsys: pyte
     merged = [(tmp_path / f"{name}-merged" / "model.safetensors").read_bytes() for name in ("unpacked", "packed")]
     assert merged[0] == merged[1]
     assert main(["train", *common, "--unpack", "--max_steps", "6", "--output_dir", str(tmp_path / "packed")]) == 0
+
+
+def test_check_counts_the_file(written: Written, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(mixed=True)
+    sizes = []
+    for flags in ([], ["--unpack"]):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert main(["check", "--model_name", str(path), "--max_length", "40", "--use_cpu", "true", *flags]) == 0
+        (size,) = re.findall(r"base ([\d.]+)", caplog.text)
+        sizes.append(float(size))
+    assert sizes[0] <= path.stat().st_size / 1e9 + 0.005 < sizes[1]
 
 
 def test_unpack_is_for_gguf_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

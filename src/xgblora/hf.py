@@ -178,7 +178,7 @@ class GgufNames:
         from transformers.integrations.gguf import is_gguf_arch_supported
 
         if is_gguf_arch_supported(architecture):
-            raise XgbloraError(f"{architecture} files cannot stay packed")
+            raise XgbloraError(f"{architecture} files cannot stay packed: give --unpack")
         processor = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self._collected: dict[str, Any] = {"tensors": {}}

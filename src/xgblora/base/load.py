@@ -57,8 +57,9 @@ def load_model(
         elif name == EMBEDDED_MODEL:
             model, tokenizer = _read_folder(str(_converted(path)), dtype)
         else:
+            stays = packed_file(name, unpack) is not None
             config = _read_part(AutoConfig, name)
-            model = _read_unpacked(path, dtype) if unpack else read_packed(path, config, dtype, memory_budget)
+            model = read_packed(path, config, dtype, memory_budget) if stays else _read_unpacked(path, dtype)
             tokenizer = _read_part(AutoTokenizer, name)
     model.config.name_or_path = name  # adapters say which base they belong to: no folder of this machine
     model.requires_grad_(False)
@@ -85,6 +86,11 @@ def gguf_file(name: str) -> Path | None:
     if name in SHIPPED:
         return shipped_file(name)
     return Path(name) if Path(name).suffix.lower() == ".gguf" else None
+
+
+def packed_file(name: str, unpack: bool = False) -> Path | None:
+    """The file that a model's weights stay in, packed; None where they are in memory. The embedded model is small."""
+    return None if unpack or name == EMBEDDED_MODEL else gguf_file(name)
 
 
 def _read_part(reader: Any, name: str, trusted: bool = False) -> Any:

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from xgblora.adapters.adapters import attach
+from xgblora.base.load import packed_file
 from xgblora.config import RunConfig, changed
 from xgblora.data.batch import Example
 from xgblora.training.trainer import Trainer
@@ -34,7 +35,7 @@ class Memory:
     process: int
     """Python and the libraries, resident; 0 where the model is on a GPU."""
     weights: int
-    """The base model as it is stored."""
+    """The base model as it is stored, in memory or in a mapped file."""
     training: int
     """Adapters, optimizer, and what one step computes of a batch."""
 
@@ -62,6 +63,8 @@ def predict(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example])
         )
     tensors = itertools.chain(whole.parameters(), whole.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if (file := packed_file(config.model_name, config.unpack)) is not None:
+        weights = file.stat().st_size
     longest = sorted(rows, key=lambda row: row.tokens)[-config.per_device_train_batch_size :]
     # Not one: the lowest layer keeps less for the backward pass, as nothing before it is trained.
     (made, two), (_, three) = (measure_training(config, _shortened(model, layers), longest) for layers in (2, 3))
