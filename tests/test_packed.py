@@ -6,7 +6,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from conftest import train
 from xgblora import Base, Example, XgbloraError, attach, residual_writers
 from xgblora.base import packed as packed_module
 from xgblora.base import unpack as unpack_module
+from xgblora.base import wheels
 from xgblora.base.cpu_layout import ReorderedLinear
 from xgblora.base.load import load_model
 from xgblora.base.packed import PackedLinear, PackedWeight
@@ -59,6 +60,16 @@ FILES: dict[str, PreTrainedConfig] = {
     "qwen3moe": Qwen3MoeConfig(**LONG, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=768),
 }
 Written = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is converted once is kept here, not beside the user's models."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(wheels.hub_constants, "HF_HOME", str(folder))
+        patch.setenv("HF_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
