@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from xgblora.base.compilation import Opaque
-from xgblora.base.packed import PackedLinear, PackedWeight
+from xgblora.base.packed import PackedLinear
 from xgblora.base.swap import swap
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ def cpu_layout(model: PreTrainedModel) -> Iterator[None]:
     freed = _FreedMemory()
     with ExitStack() as undo:
         for module in model.modules():
-            if isinstance(module, PackedLinear) and module is not head and _has_layout(module.weight):
+            if not isinstance(module, PackedLinear) or module is head:
+                continue
+            if module.weight.device.type == "cpu" and _has_layout(module.weight.dtype):
                 undo.callback(setattr, module, "reordered", module.reordered)
                 module.reordered = True
         for name, module in list(model.named_modules()):
@@ -98,12 +101,11 @@ def cpu_layout(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _has_layout(weight: PackedWeight) -> bool:
-    """Whether products of an unpacked twin of ``weight`` would be in the library's layout."""
-    if weight.device.type != "cpu":
-        return False
+@cache
+def _has_layout(dtype: torch.dtype) -> bool:
+    """Whether this torch has a layout for weights of a precision."""
     try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=weight.dtype))  # noqa: SLF001 (no other name)
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype))  # noqa: SLF001 (no other name)
     except (AttributeError, RuntimeError):
         return False
     return True

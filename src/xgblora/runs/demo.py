@@ -113,7 +113,9 @@ def _begun(config: DemoConfig) -> str | None:
 def _fitting(config: DemoConfig) -> str:
     """The largest size that is done in time on this machine, whose speed is measured."""
     task = task_of(config)
-    model, tokenizer = load_model(config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack)
+    model, tokenizer = load_model(
+        config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
+    )
     rows = load_splits(task, config.data_dir)["train"]
     rows = rows.select(range(min(len(rows), 2 * TIMED_ROWS)))
     examples = encode(task, rows, tokenizer, config.max_length)
