@@ -2,8 +2,9 @@
 
     python benchmarks/boosting.py [--tasks RottenTomatoes IMDB40 DebianSections] [--methods boost zo_lora_r1 ...]
                                   [--seeds 0 1 2 3 4] [--fixed zo_lora_r1=3e-3 ...] [--output_root runs/boosting]
+                                  [--model_name SmolLM2-135M-Instruct] [--unpack]
 
-SmolLM2-135M in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows; every seed draws its own training and
+The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows; every seed draws its own training and
 dev rows, the same ones for all methods. The learning rate (for boost: the ridge) of a method is, for each task, the
 one of its three trials with the lowest dev loss at the first seed, or what ``--fixed`` says; test rows choose nothing.
 Finished runs are kept, so the same command goes on where it was stopped. Written: ``results.json`` for each task, and
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xgblora import RunConfig
-from xgblora.config import changed
+from xgblora.config import EMBEDDED_MODEL, changed
 from xgblora.files import write_json
 from xgblora.report import RunResult
 from xgblora.runs.folder import finished_result
@@ -106,10 +107,10 @@ LABELS = {
 class Runs:
     """Runs of the comparison, each carried out once."""
 
-    def __init__(self, root: Path, task: str, steps: int, fixed: Mapping[str, float]) -> None:
+    def __init__(self, root: Path, task: str, common: Mapping[str, Any], fixed: Mapping[str, float]) -> None:
         self.root = root / task
         self.task = task
-        self.steps = steps
+        self.common = common
         self.fixed = fixed
         self._workspace: tuple[int, Workspace] | None = None
 
@@ -117,8 +118,9 @@ class Runs:
         """What one run reached, from its folder where it is finished."""
         flags, tuned, _ = METHODS[method]
         folder = self.root / f"{method}_{tuned}_{value:g}_seed{seed}"
-        paced = {} if "boost" in method else {"max_steps": self.steps, "per_device_train_batch_size": 16}
-        values = COMMON | {"task_name": self.task} | paced | flags
+        values = {"per_device_train_batch_size": 16, **self.common, "task_name": self.task} | flags
+        if "boost" in method:  # a step is a booster
+            del values["per_device_train_batch_size"], values["max_steps"]
         options = TASKS[self.task].options
         if method == "boost" and isinstance(options, tuple) and len(options) > 2:
             values["boost_boosters"] = 8  # two for each of the four directions of five options' scores
@@ -235,13 +237,15 @@ def main() -> None:
     parser.add_argument("--output_root", type=Path, default=Path("runs/boosting"))
     parser.add_argument("--steps", type=int, default=STEPS, help="Steps of the methods that take steps.")
     parser.add_argument("--fixed", nargs="+", default=[], help="METHOD=VALUE: no trials of this method.")
+    parser.add_argument("--model_name", default=EMBEDDED_MODEL)
+    parser.add_argument("--unpack", action="store_true", help="Unpack a .gguf file once, as train --unpack does.")
     asked = parser.parse_args()
     fixed = {method: float(value) for method, value in (pair.split("=") for pair in asked.fixed)}
     if strangers := fixed.keys() - set(asked.methods):
         parser.error(f"--fixed names {', '.join(sorted(strangers))}, which --methods does not")
+    common = COMMON | {"max_steps": asked.steps, "model_name": asked.model_name, "unpack": asked.unpack}
     tables = {
-        task: compare(Runs(asked.output_root, task, asked.steps, fixed), asked.methods, asked.seeds)
-        for task in asked.tasks
+        task: compare(Runs(asked.output_root, task, common, fixed), asked.methods, asked.seeds) for task in asked.tasks
     }
     draw(tables, asked.output_root / "accuracy.png")
     if len(tables) > 1:

@@ -20,6 +20,8 @@ from xgblora import Example, LayerSubset, RunConfig, Trainer, attach, encode, ge
 from xgblora.training.record import PeakMemory
 
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where contenders compute."""
 
 
 class Turns:
@@ -27,7 +29,7 @@ class Turns:
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
-        self.memory = PeakMemory(torch.device("cpu"))
+        self.memory = PeakMemory(DEVICE)
         self.started = 0.0
         self.result: dict[str, float] = {}
         """Whatever else the contender wants to report at the end."""
@@ -41,6 +43,8 @@ class Turns:
 
     def done(self) -> None:
         """The step is over."""
+        if DEVICE.type == "cuda":  # it has only been asked for
+            torch.cuda.synchronize()
         self.pipe.send(time.perf_counter() - self.started)
 
 

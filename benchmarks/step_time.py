@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import DTYPES, Turns, arguments, batches, contest, publish, real_rows, train_in_turns
+from contest import DEVICE, DTYPES, Turns, arguments, batches, contest, publish, real_rows, train_in_turns
 from peft import LoraConfig, get_peft_model
 
 from xgblora import Base, Example, load_model
@@ -27,14 +27,15 @@ from xgblora import Base, Example, load_model
 ROWS = 3200
 
 
-def floor(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> None:
-    """Two forwards of the base over the real tokens."""
+def floor(get_turns: Callable[[], Turns], name: str, dtype: str, size: int, filled: bool = False) -> None:
+    """Two forwards of the base over the real tokens; ``filled``: up to a round number of them."""
     model, tokenizer = load_model(name, getattr(torch, dtype))
-    base, rows = Base(model), cycle(batches(real_rows(tokenizer, ROWS), size))
+    base, rows = Base(model.to(DEVICE)), cycle(batches(real_rows(tokenizer, ROWS), size))
     turns = get_turns()
     with torch.inference_mode():
         while turns.wait():
             batch = base.batch(next(rows))
+            batch = batch.filled() if filled else batch
             for _ in base.hidden([batch, batch]):
                 pass
             turns.done()
@@ -57,14 +58,14 @@ def padded_rows(rows: Sequence[Example], options: str) -> tuple[torch.Tensor, to
     longest = -(-max(len(ids) for ids, _ in chosen) // 8) * 8
     ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in chosen])
-    return ids, mask, torch.tensor([start for _, start in chosen])
+    return ids.to(DEVICE), mask.to(DEVICE), torch.tensor([start for _, start in chosen], device=DEVICE)
 
 
 def mean_logprobs(model: Any, ids: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Mean log-probability of each row's option, from the log-softmax of all positions over the vocabulary."""
     logprobs = F.log_softmax(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float(), dim=-1)
     chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0]
-    position = torch.arange(ids.shape[1] - 1)
+    position = torch.arange(ids.shape[1] - 1, device=DEVICE)
     option = (position >= starts[:, None] - 1) & (mask[:, 1:] == 1)
     return (chosen * option).sum(1) / option.sum(1)
 
@@ -72,7 +73,7 @@ def mean_logprobs(model: Any, ids: torch.Tensor, mask: torch.Tensor, starts: tor
 def mezo(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> None:
     """MeZO's algorithm 1 on PEFT's LoRA of rank 1, written from its description."""
     base, tokenizer = load_model(name, getattr(torch, dtype))
-    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=16, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=16, task_type="CAUSAL_LM")).eval().to(DEVICE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = cycle(batches(real_rows(tokenizer, ROWS), size))
     eps, rate = 1e-2, 1e-4
@@ -85,7 +86,7 @@ def mezo(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> No
     @torch.inference_mode()
     def loss(batch: Sequence[Example]) -> float:
         scores = mean_logprobs(model, *padded_rows(batch, "all")).view(len(batch), -1)
-        return F.cross_entropy(scores, torch.tensor([e.label for e in batch])).item()
+        return F.cross_entropy(scores, torch.tensor([e.label for e in batch], device=DEVICE)).item()
 
     turns = get_turns()
     seed = 0
@@ -103,13 +104,13 @@ def mezo(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> No
 def backprop(get_turns: Callable[[], Turns], name: str, dtype: str, size: int) -> None:
     """LoRA rank 1 through PEFT and autograd, language-model loss of the correct option, AdamW."""
     base, tokenizer = load_model(name, getattr(torch, dtype))
-    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=16, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=16, task_type="CAUSAL_LM")).eval().to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     rows = cycle(batches(real_rows(tokenizer, ROWS), size))
     turns = get_turns()
     while turns.wait():
         ids, mask, starts = padded_rows(next(rows), "correct")
-        labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < starts[:, None]), -100)
+        labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1], device=DEVICE) < starts[:, None]), -100)
         model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

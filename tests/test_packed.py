@@ -42,6 +42,7 @@ from xgblora.base.load import load_model
 from xgblora.base.packed import PackedLinear, PackedWeight
 from xgblora.base.unpack import unpack
 from xgblora.cli import main
+from xgblora.errors import MemoryBudgetError
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LONG = SIZES | {"intermediate_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -101,6 +102,22 @@ def test_every_kind_is_unpacked_as_gguf_does(kind: Kind, compiled: bool, monkeyp
         expected = gguf.dequantize(stored, kind)[rows]
     assert np.array_equal(np.isnan(expected), out.isnan().numpy())
     assert np.array_equal(expected.view(np.int32)[~np.isnan(expected)], out.view(torch.int32)[~out.isnan()].numpy())
+
+
+@pytest.mark.parametrize("recipe", ["classic", "boost"])
+def test_half_precision_is_known_by_the_base_not_by_its_adapters(recipe: str, written: Written, tmp_path: Path) -> None:
+    """A packed layer has no parameters: those of adapters come first, and are float32 in any base."""
+    losses = {}
+    for packed in (True, False):
+        model, _ = load_model(str(written(mixed=True)), torch.bfloat16, unpack=not packed)
+        flags = {
+            "lora_target_modules": residual_writers(model),
+            "recipe": "boost",
+            "xgblora": True,
+            "boost_boosters": 2,
+        }
+        losses[packed] = train(tmp_path / str(packed), model, **flags if recipe == "boost" else {"lora": True})[1]
+    assert losses[False] == losses[True]
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
@@ -344,12 +361,19 @@ def test_a_budget_lets_go_of_weights(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     none, *sizes = done.stdout.splitlines()
-    assert "is too small: Python, libraries and one forward take" in none
+    assert "is too small: with no weight in memory, one forward takes" in none
     (least, logits), (half, same), (whole, expected) = (map(float, line.split()) for line in sizes)
     assert logits == same == expected
     assert least < 80e6
     assert 70e6 < half < 120e6
     assert whole > 150e6
+
+
+def test_a_budget_that_is_too_small_is_not_taken_for_a_model_that_cannot(written: Written) -> None:
+    for use in (attach, residual_writers, lambda base: base.packed):
+        model, _ = load_model(str(written()), memory_budget=1000)
+        with pytest.raises(MemoryBudgetError, match="is too small"):
+            use(Base(model))
 
 
 def test_what_cannot_stay_packed_says_so(written: Written, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,10 @@ class DivergedError(XgbloraError):
     """The loss became NaN or infinite. The step was not applied."""
 
 
+class MemoryBudgetError(XgbloraError):
+    """A memory budget is too small for any forward: no reason to try another one."""
+
+
 class Interrupted(BaseException):
     """A signal ended the run. ``code``: the exit code of a process that a signal ends, 128 + its number.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xgblora.adapters.linear import linear_shape
 from xgblora.adapters.plain_peft import settle_targets
 from xgblora.base import Base
-from xgblora.errors import XgbloraError
+from xgblora.errors import MemoryBudgetError, XgbloraError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def choose_targets(base: Base, asked: Sequence[str] | str | None, config: LoraCo
         if there and (names is usual or there == set(names)):
             try:
                 return _settled(base, config)
+            except MemoryBudgetError:
+                raise
             except XgbloraError as error:
                 logger.info("Not adapting %s: %s", names, error)
     raise XgbloraError(f"no default layers are known for {type(model).__name__}; {_suggestion(model)}")
@@ -62,6 +64,8 @@ def readable_names(base: Base, names: Sequence[str]) -> list[str]:
     for name in names:
         try:
             choose_targets(base, [name], LoraConfig())
+        except MemoryBudgetError:
+            raise
         except XgbloraError as error:
             logger.info("Not adapting %s: %s", name, error)
         else:

@@ -21,7 +21,7 @@ from xgblora.base.fingerprint import fingerprint
 from xgblora.base.packed import PackedWeight
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch
-from xgblora.errors import XgbloraError, one_line
+from xgblora.errors import MemoryBudgetError, XgbloraError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,12 @@ class Base:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its precision. Adapters, which are float32 in any, may be the first parameters that are found."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
 
     @property
     def width(self) -> int:
@@ -296,7 +302,7 @@ def _measure_route(model: PreTrainedModel) -> bool:
             row = torch.tensor([[*example.prompt, *option[:-1]]], device=device)
             wanted.append(model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :].float())
     expected = torch.cat(wanted)
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1  # half precision rounds much more
+    tolerance = 1e-3 if Base(model).dtype == torch.float32 else 0.1  # half precision rounds much more
     words = [*examples[1].prompt, *examples[1].options[0]]
     short, long = (
         model(input_ids=torch.tensor([part], device=device), use_cache=False).logits[0, : len(words) - 1].float()
@@ -313,6 +319,8 @@ def _measure_route(model: PreTrainedModel) -> bool:
         try:
             (hidden,) = base.hidden([batch])
             logits = base.logits(hidden)[batch.target_read]
+        except MemoryBudgetError:
+            raise
         except Exception as error:  # whatever a foreign architecture raises: it cannot take this form
             reason = one_line(error, 100)
             continue

@@ -37,8 +37,8 @@ def load_model(
         trust_remote_code: Run Python code that a hub id or a folder holds.
         unpack: Unpack a .gguf file into memory. Otherwise its weights stay in the file, as they are packed, and each
             is unpacked right before its product. Either way to float32 first; cast afterwards.
-        memory_budget: Bytes that the process may have resident. Packed weights that do not fit in it are read from
-            the file at every use.
+        memory_budget: Bytes that the process may have resident, on a GPU those of the GPU. Packed weights that do not
+            fit in it are read from the file at every use.
 
     Returns:
         The model, frozen, in eval mode, on the CPU; and its tokenizer.

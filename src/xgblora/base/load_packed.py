@@ -31,7 +31,7 @@ def read_packed(
         path: The file. It is mapped, not read: its pages are in memory once, whoever uses them.
         config: Its configuration.
         dtype: Of products, and of what is unpacked.
-        memory_budget: Bytes that the process may have resident (:class:`PackedFile`).
+        memory_budget: Bytes that the process may have resident, on a GPU those of the GPU (:class:`PackedFile`).
 
     Raises:
         XgbloraError: The file is damaged, lacks a weight, holds one of another shape or of a kind that cannot be
@@ -72,7 +72,7 @@ class _Filling:
 
     def put(self, stored: StoredTensor) -> None:
         """Fill the place of one tensor."""
-        rows = self.file.mapped(stored.start, stored.size).view(-1, _row_bytes(stored))
+        rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
         target = self.names.names.get(stored.name, "")
         if target in self.shapes and self._can_stay_packed(target):
             order = self._order(stored, target)

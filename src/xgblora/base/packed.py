@@ -19,7 +19,13 @@ from xgblora.base.packed_file import PackedFile
 from xgblora.base.unpack import unpack
 
 TILE = 2**20
-"""Weights unpacked at once: 4 MB in float32, which stay in the processor's cache until they are multiplied."""
+"""Weights unpacked at once on a CPU: 4 MB in float32, which stay in its cache until they are multiplied."""
+
+GPU_TILE = 2**27
+"""The same on a GPU: all of a weight but for the largest heads, since a product of a part may sum in another order."""
+
+GPU_PIECE = 2**24
+"""Weights that one call unpacks on a GPU: enough to keep it busy, 64 MB in float32."""
 
 Move = Callable[[Tensor], Tensor]
 
@@ -33,7 +39,8 @@ class PackedWeight:
         shape: Rows and columns.
         dtype: Of what is unpacked: float32 first, cast afterwards.
         order: Which packed row is row 0, 1, ... of the weight; by default they lie in order.
-        place: Which bytes of which file ``packed`` is mapped from, if it is: (file, first byte, bytes).
+        place: Which bytes of which file ``packed`` is mapped from, if it is: (file, first byte, bytes). Those of a file
+            with a budget stay there when the weight moves to a GPU.
     """
 
     def __init__(
@@ -51,42 +58,55 @@ class PackedWeight:
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Rows of the weight (wanted, columns), in :attr:`dtype`."""
         wanted = self.order[rows]
-        out = torch.empty(len(wanted), self.shape[1], device=self.device)
-        with self._in_use():
-            unpack(self.packed, self.kind, wanted, out)
-        return out.to(self.dtype)
+        out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
+        if self.packed.device == self.device:
+            with self._in_use() as packed:
+                self._fill(out, packed, wanted)
+        else:  # a few rows are brought by themselves
+            few = self.packed[wanted.to(self.packed.device)].to(self.device)
+            self._fill(out, few, torch.arange(len(few), device=self.device, dtype=torch.int32))
+        return out
 
     @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Read the weight inside the block."""
+    def _in_use(self) -> Iterator[Tensor]:
+        """All packed bytes (rows, bytes), on the device, to read inside the block."""
         if self.place is None:
-            yield
+            yield self.packed
             return
-        file, *place = self.place
+        file, start, size = self.place
         file.require_unchanged()
-        yield
-        file.used(*place)
+        yield file.bytes(start, size, self.device).view(self.packed.shape)
+        file.used(start, size, self.device)
+
+    def _fill(self, out: Tensor, packed: Tensor, wanted: Tensor) -> None:
+        """Unpack rows ``wanted`` of ``packed`` into ``out``, which may be of any precision."""
+        length = max(1, (TILE if out.device.type == "cpu" else GPU_PIECE) // self.shape[1])
+        for start in range(0, len(wanted), length):
+            part = slice(start, start + length)
+            if out.dtype == torch.float32:
+                unpack(packed, self.kind, wanted[part], out[part])
+            else:
+                tile = _buffer(torch.float32, out.device, len(wanted[part]), self.shape[1])
+                unpack(packed, self.kind, wanted[part], tile)
+                out[part].copy_(tile)
 
     @property
     def device(self) -> torch.device:
-        """Where its bytes are."""
-        return self.packed.device
+        """Where it is multiplied."""
+        return self.order.device
 
     def parts(self, rows: slice) -> list[slice]:
         """``rows``, from a first to a last one, as few as a tile holds at a time."""
-        length = max(1, TILE // self.shape[1])
+        length = max(1, (TILE if self.device.type == "cpu" else GPU_TILE) // self.shape[1])
         return [slice(start, min(start + length, rows.stop)) for start in range(rows.start, rows.stop, length)]
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """All rows, some at a time: which, and what they hold until the next are asked for."""
-        columns = self.shape[1]
-        with self._in_use():
+        with self._in_use() as packed:
             for part in self.parts(slice(0, self.shape[0])):
                 wanted = self.order[part]
-                tile = _buffer(torch.float32, self.device, len(wanted), columns)
-                unpack(self.packed, self.kind, wanted, tile)
-                if self.dtype != torch.float32:
-                    tile = _buffer(self.dtype, self.device, len(wanted), columns).copy_(tile)
+                tile = _buffer(self.dtype, self.device, len(wanted), self.shape[1])
+                self._fill(tile, packed, wanted)
                 yield part, tile
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
@@ -95,11 +115,13 @@ class PackedWeight:
 
     def move(self, fn: Move) -> None:
         """Follow what ``nn.Module.to`` does to the module that holds it."""
+        self.order = fn(self.order)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.place is not None and self.place[0].budget is not None:
+            return
         packed = fn(self.packed)
         if packed is not self.packed:
             self.packed, self.place = packed, None  # on another device it is a copy
-        self.order = fn(self.order)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
 
 _buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}

@@ -9,6 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from xgblora.base.ferry import Ferry
+from xgblora.base.residency import Residency
 from xgblora.errors import XgbloraError
 
 
@@ -20,8 +22,9 @@ class PackedFile:
 
     Args:
         path: The file. It is never written to, and must not change.
-        memory_budget: Bytes that this process may have resident. Weights that do not fit in beside what a forward
-            needs are let go after every use and read again, while another one computes; the others stay.
+        memory_budget: Bytes that this process may have resident, on a GPU those of the GPU. Weights that do not fit
+            in beside what a forward needs are let go after every use and read again, while another one computes; the
+            others stay.
     """
 
     def __init__(self, path: Path, memory_budget: int | None = None) -> None:
@@ -32,11 +35,9 @@ class PackedFile:
         with warnings.catch_warnings():  # torch would rather have bytes that it may write to
             warnings.simplefilter("ignore", UserWarning)
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._stay: dict[int, int] = {}
-        self._next: dict[int, tuple[int, int]] = {}
-        self._last: int | None = None
-        self._peak = 0
-        self._process = psutil.Process()
+        process = psutil.Process()
+        self._ferries: dict[torch.device, Ferry] = {}
+        self._residency = None if memory_budget is None else Residency(memory_budget, lambda: process.memory_info().rss)
 
     def _now(self) -> tuple[int, int]:
         state = os.fstat(self._file.fileno())
@@ -47,47 +48,37 @@ class PackedFile:
         if self._now() != self._state:
             raise XgbloraError(f"{self.path} changed while it was in use: its weights are no longer what they were")
 
-    def mapped(self, start: int, size: int) -> Tensor:
-        """``size`` bytes from ``start`` on (size,) uint8, in the file itself."""
+    def bytes(self, start: int, size: int, device: torch.device | None = None) -> Tensor:
+        """``size`` bytes from ``start`` on (size,) uint8, in the file itself; on a GPU a copy, until they were used."""
+        if device is not None and device.type != "cpu":
+            return self._ferry(device).bytes(start, size)
         return self._bytes[start : start + size]
 
-    def used(self, start: int, size: int) -> None:
+    def used(self, start: int, size: int, device: torch.device) -> None:
         """A weight was read, and is not wanted before the next forward: let go of it where memory is short.
 
-        The first forward lets go of all and shows what it takes without them; from then on weights stay as they fit.
-
         Raises:
-            XgbloraError: The budget is too small even with no weight in memory.
+            MemoryBudgetError: The budget is too small even with no weight in memory.
         """
-        if self.budget is None:
-            return
-        peak = self._peak_without_weights()
-        if peak > self.budget:
-            raise XgbloraError(
-                f"a memory budget of {self.budget / 1e9:.2f} GB is too small: Python, libraries and one forward take "
-                f"{peak / 1e9:.2f} GB here"
-            )
-        if peak + sum(self._stay.values()) > self.budget:  # a longer batch came
-            for kept, length in self._stay.items():
-                self._advise("MADV_DONTNEED", kept, length)
-            self._stay.clear()
-        again = start in self._next
-        if self._last is not None and self._last not in self._next:
-            self._next[self._last] = start, size
-        self._last = start
-        if start in self._stay:
-            return
-        if again and peak + sum(self._stay.values()) + size <= self.budget:
-            self._stay[start] = size
-            return
-        self._advise("MADV_DONTNEED", start, size)
-        if again and self._next[start][0] not in self._stay:
-            self._advise("MADV_WILLNEED", *self._next[start])
+        if device.type != "cpu":
+            return self._ferry(device).used(start, size)
+        if self._residency is None:
+            return None
+        stays, dropped = self._residency.used(start, size)
+        for kept, length in dropped.items():
+            self._advise("MADV_DONTNEED", kept, length)
+        if not stays:
+            self._advise("MADV_DONTNEED", start, size)
+            if (following := self._residency.next(start)) is not None:
+                self._advise("MADV_WILLNEED", *following)
+        return None
 
-    def _peak_without_weights(self) -> int:
-        resident = self._process.memory_info().rss
-        self._peak = max(self._peak, resident - sum(self._stay.values()))
-        return self._peak
+    def _ferry(self, device: torch.device) -> Ferry:
+        """What brings weights to a GPU."""
+        if device not in self._ferries:
+            assert self.budget is not None  # without one a file is moved whole
+            self._ferries[device] = Ferry(self.bytes, self.budget, device)
+        return self._ferries[device]
 
     def _advise(self, advice: str, start: int, size: int) -> None:
         """Tell the system what comes of some bytes; Windows decides by itself."""

@@ -236,7 +236,7 @@ def put(adapters: Adapters, learner: Learner, step: float) -> None:
     inputs = iter(learner.inputs)
     for (layer, _, _), down in zip(adapters.slices, turned_down(adapters), strict=True):
         if down:
-            layer.lora_A.copy_(-learner.share * written_along(layer, learner.outputs[0], adapters.model.dtype))
+            layer.lora_A.copy_(-learner.share * written_along(layer, learner.outputs[0], adapters.base.dtype))
         else:
             layer.lora_A.copy_(next(inputs))
     step_by(adapters, learner, step)
