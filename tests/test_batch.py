@@ -11,7 +11,7 @@ from transformers import BloomConfig, Gemma2Config, GPTNeoConfig, MambaConfig, P
 
 from conftest import ARCHITECTURES, LogLines, build, examples, option_scores
 from xgblora import Base, Batch, Example, OptionLoss, TextLoss
-from xgblora.base import attention, base
+from xgblora.base import attention, head
 from xgblora.data.batch import FILLING, SHARED, build_batch, shared_beginning
 
 ROWS = [
@@ -58,8 +58,8 @@ def test_logits_may_be_held_part_by_part(packed: bool, score_prompt: bool, monke
     batch = build_batch([Example(e.prompt, e.options, e.label, score_prompt) for e in ROWS], packed)
     results = []
     for reads, head_bytes in ((1024, 2**27), (3, 2**27), (1024, 7 * 32 * 4), (3, 100 * 32 * 4)):
-        monkeypatch.setattr(base, "READS_AT_ONCE", reads)
-        monkeypatch.setattr(base, "HEAD_BYTES", head_bytes)  # 7 or 100 of 300 words
+        monkeypatch.setattr(head, "READS_AT_ONCE", reads)
+        monkeypatch.setattr(head, "HEAD_BYTES", head_bytes)  # 7 or 100 of 300 words
         losses = TextLoss()(model, batch)
         results.append((losses, *torch.autograd.grad(losses.sum(), weight)))
     for result in results[1:]:
@@ -71,7 +71,7 @@ def test_a_wide_head_is_never_held_whole_in_float32(monkeypatch: pytest.MonkeyPa
     model = build(ARCHITECTURES["llama"], torch.bfloat16)
     words, width = model.lm_head.weight.shape
     part = 50
-    monkeypatch.setattr(base, "HEAD_BYTES", 4 * width * part)
+    monkeypatch.setattr(head, "HEAD_BYTES", 4 * width * part)
     shapes: set[torch.Size] = set()
 
     class Watch(TorchDispatchMode):

@@ -24,7 +24,7 @@ from xgblora import (
     evaluate,
     load_adapters,
 )
-from xgblora.base.base import rows_read
+from xgblora.base.observation import rows_read
 from xgblora.base.prefix import Prefix
 from xgblora.config import notes
 from xgblora.data.batch import build_batch

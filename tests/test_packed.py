@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from conftest import train
-from xgblora import Base, Example, XgbloraError, attach, residual_writers
+from xgblora import Base, Example, TextLoss, XgbloraError, attach, evaluate, residual_writers
 from xgblora.base import packed as packed_module
 from xgblora.base import unpack as unpack_module
 from xgblora.base import wheels
@@ -43,6 +43,8 @@ from xgblora.base.packed import PackedLinear, PackedWeight
 from xgblora.base.unpack import unpack
 from xgblora.cli import main
 from xgblora.errors import MemoryBudgetError
+from xgblora.learn import estimators
+from xgblora.learn.fitted import activations
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LONG = SIZES | {"intermediate_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -367,6 +369,108 @@ def test_a_budget_lets_go_of_weights(tmp_path: Path) -> None:
     assert least < 80e6
     assert 70e6 < half < 120e6
     assert whole > 150e6
+
+
+def _rows(count: int, options: list[list[int]]) -> list[Example]:
+    return [Example([(7 * n + k) % 300 for k in range(3 + n % 9)], options, n % 2) for n in range(count)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "bloom"])
+@pytest.mark.parametrize("options", [[[5], [9]], [[5, 6], [9, 7, 8]]], ids=["one token", "several"])
+def test_batches_that_pass_the_layers_together_are_those_that_pass_alone(
+    architecture: str, options: list[list[int]], written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = _rows(40, options)
+    orders: dict[bool, list[str]] = {}
+    results: dict[bool, Any] = {}
+    for together in (False, True):
+        model, _ = load_model(str(written(architecture)), memory_budget=10**11 if together else None)
+        base, attention = Base(model), model.config._attn_implementation
+        order = orders[together] = []
+        first, *_, last = base.layers.values()
+        first.register_forward_pre_hook(lambda *_, order=order: order.append("first"))
+        last.register_forward_hook(lambda *_, order=order: order.append("last"))
+        batches = [base.batch(rows[start : start + 10]) for start in range(0, 40, 10)]
+        order.clear()  # building a batch may measure how the model runs it
+        with torch.no_grad():
+            hidden = list(base.hidden(batches))
+            seen = list(base.observe(batches, [last]))
+        evaluated = evaluate(base, rows, TextLoss(), batch_size=7)
+        results[together] = hidden, [x for o in seen for x in (*o.inputs, o.last)], evaluated
+        assert model.config._attn_implementation == attention
+        assert base._file is None or base._file._held is None
+    for one, other in zip(results[False][:2], results[True][:2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert results[False][2] == results[True][2]
+    assert orders[False][:4] == ["first", "last"] * 2
+    assert orders[True][:8] == ["first"] * 4 + ["last"] * 4
+
+
+@pytest.mark.parametrize("flags", [{"lora": True}, {"recipe": "boost", "xgblora": True}], ids=["zo", "boost"])
+def test_training_together_is_training_alone(
+    flags: dict[str, Any], written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both signs of every part of a batch; teacher, boosters and their step lengths."""
+    monkeypatch.setattr(estimators, "FORWARD_TOKENS", 64)
+    monkeypatch.setattr(activations, "PART_TOKENS", 64)
+    losses = {}
+    for together in (False, True):
+        model, _ = load_model(str(written()), memory_budget=10**11 if together else None)
+        more = {"lora_target_modules": residual_writers(model), "boost_boosters": 2} if "recipe" in flags else {}
+        losses[together] = train(tmp_path / str(together), model, **flags, **more)[1]
+    assert losses[False] == losses[True]
+    assert len(set(losses[True])) > 1
+
+
+def test_an_error_in_one_of_them_leaves_the_model_as_it_was(written: Written) -> None:
+    model, _ = load_model(str(written()), memory_budget=10**11)
+    base = Base(model, packed=True)
+    batches = [base.batch(_rows(4, [[5], [9]])) for _ in range(3)]
+    turns: list[int] = []
+
+    def turn(number: int) -> None:
+        turns.append(number)
+        if len(turns) == 5:
+            raise RuntimeError("in the middle")
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="in the middle"):
+        list(base.hidden(batches, turn))
+    assert turns == [0, 1, 2, 0, 1]
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(layer._forward_pre_hooks for layer in base.layers.values())
+    with torch.no_grad():
+        (alone,) = base.hidden(batches[:1])
+        assert torch.equal(next(iter(base.hidden(batches))), alone)
+
+
+ONCE = """
+import sys, psutil, torch
+from gguf import GGMLQuantizationType as Kind
+from xgblora import Base, Example, load_model
+from xgblora.base.packed import budgeted_file
+from xgblora.base.unpack import unpack
+unpack(torch.zeros(1, 144, dtype=torch.uint8), Kind.Q4_K, torch.zeros(1, dtype=torch.int32), torch.empty(1, 256))
+load_model(sys.argv[1])
+rows = [Example(list(range(20 + n)), [[5], [9]], 0) for n in range(40)]
+model, _ = load_model(sys.argv[1], memory_budget=int(psutil.Process().memory_info().rss + 250e6))
+base, file = Base(model, packed=True), budgeted_file(model)
+batches = [base.batch(rows[start : start + 10]) for start in range(0, 40, 10)]
+with torch.no_grad():
+    list(base.hidden(batches))
+    print(file.read_bytes, len(list(base.waves(batches))))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows decides by itself what stays in memory")
+def test_a_wave_reads_the_model_once(tmp_path: Path) -> None:
+    config = LlamaConfig(**SIZES | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4})
+    path = tmp_path / "large.gguf"
+    write_random_gguf(path, "llama", config, Kind.Q4_K)
+    done = subprocess.run([sys.executable, "-c", ONCE, str(path)], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    read, waves = map(int, done.stdout.split())
+    assert waves == 1
+    assert 0.9 < read / path.stat().st_size < 1
 
 
 def test_a_budget_that_is_too_small_is_not_taken_for_a_model_that_cannot(written: Written) -> None:

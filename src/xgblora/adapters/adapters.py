@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -197,15 +197,21 @@ class Adapters:
                 layer.booster_A, layer.booster_B, layer.lora_B.data = A, B, last
 
     @contextmanager
-    def probing(self, probe: Probe) -> Iterator[None]:
-        """Evaluate the perturbed pairs of ``probe`` in every forward inside the block."""
-        count = probe.directions.shape[0]
-        for layer, a, b in self.slices:
-            z_A = probe.directions[:, a].view(count, -1, layer.in_features)
-            z_B = probe.directions[:, b].view(count, -1, layer.out_features)
-            layer.probe = (z_A, z_B, probe)
+    def probing(self, *probes: Probe) -> Iterator[Callable[[int], None]]:
+        """Evaluate perturbed pairs in every forward inside the block: those of the first probe, until the number of
+        another one is given to what the block is given."""
+
+        def turn(number: int) -> None:
+            probe = probes[number]
+            count = probe.directions.shape[0]
+            for layer, a, b in self.slices:
+                z_A = probe.directions[:, a].view(count, -1, layer.in_features)
+                z_B = probe.directions[:, b].view(count, -1, layer.out_features)
+                layer.probe = (z_A, z_B, probe)
+
+        turn(0)
         try:
-            yield
+            yield turn
         finally:
             for layer in self.layers.values():
                 layer.probe = None

@@ -1,7 +1,7 @@
 """Attention over packed rows, which keeps examples apart, and the forward that uses it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +149,13 @@ def _mask(group: _Group, window: int | None) -> Tensor | None:
 
 
 AttentionInterface.register(_ATTENTION, _packed_attention)
+
+
+@contextmanager
+def attending_packed(model: PreTrainedModel, packed: bool) -> Iterator[None]:
+    """Let forwards inside the block, which may end in any order, leave the model's attention as they found it."""
+    with hf.attention(model, _ATTENTION) if packed else nullcontext():
+        yield
 
 
 @contextmanager

@@ -3,48 +3,32 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from xgblora.base.architecture import context_length, decoder_layers, finish_logits
-from xgblora.base.attention import forward
+from xgblora.base.architecture import context_length, decoder_layers
+from xgblora.base.attention import attending_packed, forward
 from xgblora.base.compilation import compiled
 from xgblora.base.cpu_layout import cpu_layout
 from xgblora.base.fingerprint import fingerprint
-from xgblora.base.packed import PackedWeight
+from xgblora.base.head import log_probabilities, logits
+from xgblora.base.layer_major import Turn, has_greenlets, later, layer_major, no_turn
+from xgblora.base.observation import Observation, Watch, rows_read
+from xgblora.base.packed import budgeted_file
+from xgblora.base.packed_file import PackedFile
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import MemoryBudgetError, XgbloraError, one_line
 
 logger = logging.getLogger(__name__)
 
-HEAD_BYTES = 2**27
-"""Bytes of the output head in float32 that are multiplied at once. A whole head may take gigabytes."""
 
 TEXT_TOKENS = 8
 """Tokens of the forward that shows which layers a text reaches."""
-
-READS_AT_ONCE = 1024
-"""Predicting positions whose logits are held at once."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one batch showed where something is predicted (reads).
-
-    ``inputs``: (reads, in) for each layer asked about, in the model's dtype. ``last``: (reads, hidden), as the last
-    decoder layer leaves it.
-    """
-
-    inputs: list[Tensor]
-    last: Tensor
 
 
 class Base:
@@ -131,39 +115,81 @@ class Base:
                     "is that of another model"
                 )
 
-    def hidden(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """Final hidden states where each batch predicts something: (reads, hidden), in the model's dtype."""
+    def waves(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """Batches that go through the model together, layer by layer: one at a time, unless weights are read again.
+
+        With a memory budget, a wave is as many as may wait between two layers. Fewer, larger waves would need a file
+        for what waits, and to write and read that for every layer costs more than to read the model once more, as soon
+        as there is room for half a layer.
+        """
+        if self._file is None or self._prefix is not None:
+            yield from ([batch] for batch in batches)
+            return
+        room = self._file.room // (2 * self.width * self.dtype.itemsize)  # its embeddings and its hidden states wait
+        wave: list[Batch] = []
         for batch in batches:
+            if wave and sum(waiting.input_ids.numel() for waiting in [*wave, batch]) > room:
+                yield wave
+                wave = []
+            wave.append(batch)
+        if wave:
+            yield wave
+
+    @cached_property
+    def _file(self) -> PackedFile | None:
+        """What weights are read from again, where forwards can pass their layers together."""
+        file = budgeted_file(self.model) if self.device.type == "cpu" else None
+        if file is not None and not has_greenlets():
+            logger.info('Every batch reads the model again; pip install "xgblora[packed]" lets them pass it together')
+            return None
+        return file
+
+    def hidden(self, batches: Iterable[Batch], turn: Turn = no_turn) -> Iterator[Tensor]:
+        """Final hidden states where each batch predicts something: (reads, hidden), in the model's dtype.
+
+        Args:
+            batches: What to forward.
+            turn: Told the number of the batch that goes on, whenever another one does: of a wave, several times.
+        """
+        start = 0
+        for wave in self.waves(batches):
+            yield from self._forward(wave, later(turn, start))
+            start += len(wave)
+
+    def _forward(self, wave: list[Batch], turn: Turn) -> list[Tensor]:
+        """Final hidden states that are read of batches that pass the model together."""
+        results: list[Tensor] = [torch.empty(0)] * len(wave)
+
+        def run(number: int) -> None:
+            batch = wave[number]
             with self.ready(batch):
-                hidden = forward(self.model, batch)
-            yield rows_read(hidden, batch)
+                results[number] = rows_read(forward(self.model, batch), batch)
+
+        if len(wave) == 1:
+            turn(0)
+            run(0)
+        else:
+            assert self._file is not None
+            runs = [partial(run, number) for number in range(len(wave))]
+            with self._file.held() as release, attending_packed(self.model, wave[0].packed):
+                layer_major(self.layers.values(), runs, turn, release)
+        return results
 
     def observe(self, batches: Iterable[Batch], layers: Sequence[nn.Module]) -> Iterator[Observation]:
         """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
 
         Raises :class:`XgbloraError` where the model does not call each of the layers once, with every position.
         """
-        last_layer = list(self.layers.values())[-1]
-        for batch in batches:
-            inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
-            outputs: list[Any] = []
-            with ExitStack() as hooks, self.ready(batch):
-
-                def keep_input(layer: nn.Module, args: Any, kept: dict[nn.Module, list[Tensor]] = inputs) -> None:
-                    kept[layer].append(args[0])
-
-                def keep_output(_: nn.Module, args: Any, output: Any, kept: list[Any] = outputs) -> None:
-                    kept.append(output[0] if isinstance(output, tuple) else output)
-
-                for layer in layers:
-                    hooks.callback(layer.register_forward_pre_hook(keep_input).remove)
-                hooks.callback(last_layer.register_forward_hook(keep_output).remove)
-                forward(self.model, batch)
-            for layer, seen in inputs.items():
-                if len(seen) != 1 or seen[0].numel() // seen[0].shape[-1] < batch.input_ids.numel():
-                    names = {module: name for name, module in self.model.named_modules()}
-                    raise XgbloraError(f"{names[layer]} does not see every word once a forward, as fits need it")
-            yield Observation([rows_read(seen[0], batch) for seen in inputs.values()], rows_read(outputs[-1], batch))
+        for wave in self.waves(batches):
+            with Watch(wave, layers, list(self.layers.values())[-1]) as watch:
+                self._forward(wave, watch.turn)
+            try:
+                yield from watch.observations()
+            except KeyError as error:
+                names = {module: name for name, module in self.model.named_modules()}
+                raise XgbloraError(
+                    f"{names[error.args[0]]} does not see every word once a forward, as fits need it"
+                ) from None
 
     @torch.no_grad()
     def called(self, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -185,15 +211,10 @@ class Base:
         Returns:
             (reads, rows).
         """
-        if rows is not None:
-            return self._logits(hidden, rows)
-        return torch.cat([self._logits(hidden, words) for words in self._vocabulary()], dim=1)
+        return logits(self.model, hidden, rows)
 
     def log_probabilities(self, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
         """Log-probability of one word at each of some positions, float32.
-
-        The head is multiplied in chunks of the vocabulary, and recomputed chunk by chunk for a gradient: neither it
-        nor its logits are ever held whole.
 
         Args:
             hidden: Final hidden states (reads, hidden).
@@ -203,49 +224,13 @@ class Base:
         Returns:
             (targets,).
         """
-        logs, places = [], []
-        for start in range(0, len(hidden), READS_AT_ONCE):
-            block = hidden[start : start + READS_AT_ONCE]
-            place = ((read >= start) & (read < start + len(block))).nonzero()[:, 0]
-            logs.append(self._log_probabilities(block, read[place] - start, word[place]))
-            places.append(place)
-        together = torch.cat(logs)
-        return torch.empty_like(together).index_copy(0, torch.cat(places), together)
+        return log_probabilities(self.model, hidden, read, word)
 
-    def _log_probabilities(self, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
-        def chunk(hidden: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-            logits = self._logits(hidden, words)
-            inside = (word >= words.start) & (word < words.stop)
-            chosen = logits[read, (word - words.start).clamp(0, logits.shape[1] - 1)]
-            return torch.where(inside, chosen, 0), torch.logsumexp(logits, dim=1)
-
-        first, *others = self._vocabulary()
-        if not others:
-            chosen, total = chunk(hidden, first)
-            return chosen - total[read]
-        again = partial(checkpoint, chunk, hidden, use_reentrant=False, preserve_rng_state=False)
-        chosen, total = again(first)
-        for words in others:
-            more, part = again(words)
-            chosen, total = chosen + more, torch.logaddexp(total, part)
-        return chosen - total[read]
-
-    def _vocabulary(self) -> list[slice]:
-        """The vocabulary in chunks of at most HEAD_BYTES of the head."""
-        words, width = self.model.get_output_embeddings().weight.shape
-        size = max(1, HEAD_BYTES // (4 * width))
-        return [slice(start, min(start + size, words)) for start in range(0, words, size)]
-
-    def _logits(self, hidden: Tensor, rows: Tensor | slice) -> Tensor:
-        head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        weight = head.weight
-        parts = weight.parts(rows) if isinstance(weight, PackedWeight) and isinstance(rows, slice) else [rows]
-        logits = [
-            F.linear(hidden.float(), weight[part].float(), None if bias is None else bias[part].float())
-            for part in parts
-        ]
-        return finish_logits(self.model.config, logits[0] if len(parts) == 1 else torch.cat(logits, dim=1))
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Weights that are used inside the block, the head's say, are read once for all uses."""
+        with nullcontext() if self._file is None else self._file.held():
+            yield
 
     @contextmanager
     def skipping(self, prefix: Prefix | None, layer: str | None) -> Iterator[None]:
@@ -272,11 +257,6 @@ class Base:
         """Run forwards inside the block faster: weights in the CPU library's layout, on request compiled layers."""
         with cpu_layout(self.model), compiled(self.model) if compile_layers else nullcontext():
             yield
-
-
-def rows_read(activation: Tensor, batch: Batch) -> Tensor:
-    """The positions of an activation (..., width) where ``batch`` predicts something: (reads, width)."""
-    return activation.reshape(-1, activation.shape[-1])[batch.read]
 
 
 @torch.no_grad()

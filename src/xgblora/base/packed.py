@@ -60,7 +60,7 @@ class PackedWeight:
         wanted = self.order[rows]
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
         if self.packed.device == self.device:
-            with self._in_use() as packed:
+            with self._in_use(len(wanted) / self.shape[0]) as packed:
                 self._fill(out, packed, wanted)
         else:  # a few rows are brought by themselves
             few = self.packed[wanted.to(self.packed.device)].to(self.device)
@@ -68,15 +68,15 @@ class PackedWeight:
         return out
 
     @contextmanager
-    def _in_use(self) -> Iterator[Tensor]:
-        """All packed bytes (rows, bytes), on the device, to read inside the block."""
+    def _in_use(self, share: float = 1.0) -> Iterator[Tensor]:
+        """All packed bytes (rows, bytes), on the device, to read inside the block, or a share of them."""
         if self.place is None:
             yield self.packed
             return
         file, start, size = self.place
         file.require_unchanged()
         yield file.bytes(start, size, self.device).view(self.packed.shape)
-        file.used(start, size, self.device)
+        file.used(start, size, self.device, share)
 
     def _fill(self, out: Tensor, packed: Tensor, wanted: Tensor) -> None:
         """Unpack rows ``wanted`` of ``packed`` into ``out``, which may be of any precision."""
@@ -122,6 +122,15 @@ class PackedWeight:
         packed = fn(self.packed)
         if packed is not self.packed:
             self.packed, self.place = packed, None  # on another device it is a copy
+
+
+def budgeted_file(model: nn.Module) -> PackedFile | None:
+    """The file that weights of a model are read from again, since they may not all stay in memory; None without one."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear | PackedEmbedding) and module.weight.place is not None:
+            file = module.weight.place[0]
+            return None if file.budget is None else file
+    return None
 
 
 _buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}

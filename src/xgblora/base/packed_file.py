@@ -3,6 +3,8 @@
 import mmap
 import os
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,6 +38,9 @@ class PackedFile:
             warnings.simplefilter("ignore", UserWarning)
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         process = psutil.Process()
+        self.read_bytes = 0
+        """Bytes of weights that were read without having stayed in memory, with a budget."""
+        self._held: dict[int, tuple[int, float]] | None = None
         self._ferries: dict[torch.device, Ferry] = {}
         self._residency = None if memory_budget is None else Residency(memory_budget, lambda: process.memory_info().rss)
 
@@ -54,24 +59,69 @@ class PackedFile:
             return self._ferry(device).bytes(start, size)
         return self._bytes[start : start + size]
 
-    def used(self, start: int, size: int, device: torch.device) -> None:
+    @property
+    def room(self) -> int:
+        """Bytes that batches may take while they wait for others to pass a layer: a quarter of the budget."""
+        return (self.budget or 0) // 4
+
+    def used(self, start: int, size: int, device: torch.device, share: float = 1.0) -> None:
         """A weight was read, and is not wanted before the next forward: let go of it where memory is short.
+
+        Args:
+            start: First byte.
+            size: Bytes.
+            device: Where it was wanted.
+            share: How much of it was read; of a part nothing stays, since the next one is another part.
 
         Raises:
             MemoryBudgetError: The budget is too small even with no weight in memory.
         """
         if device.type != "cpu":
-            return self._ferry(device).used(start, size)
-        if self._residency is None:
-            return None
-        stays, dropped = self._residency.used(start, size)
-        for kept, length in dropped.items():
-            self._advise("MADV_DONTNEED", kept, length)
-        if not stays:
-            self._advise("MADV_DONTNEED", start, size)
-            if (following := self._residency.next(start)) is not None:
-                self._advise("MADV_WILLNEED", *following)
-        return None
+            self._ferry(device).used(start, size)
+        elif self._held is not None:
+            if start not in self._held or share < 1:
+                self._count(start, size, share)
+            self._held[start] = size, max(share, self._held.get(start, (0, 0.0))[1])
+        elif self._residency is not None:
+            self._count(start, size, share)
+            self._let_go({start: (size, share)}, ahead=size)
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Weights that are used inside the block stay until what it gives is called, or it ends."""
+        self._held = {}
+
+        def release() -> None:
+            held, self._held = self._held or {}, {}
+            self._let_go(held, ahead=2 * sum(size for size, share in held.values() if share == 1))
+
+        try:
+            yield release
+        finally:
+            release()
+            self._held = None
+
+    def _count(self, start: int, size: int, share: float) -> None:
+        if self._residency is None or start not in self._residency.stay:
+            self.read_bytes += int(size * share)
+
+    def _let_go(self, used: Mapping[int, tuple[int, float]], ahead: int) -> None:
+        """Let go of what does not stay, and read ``ahead`` bytes of what comes after it."""
+        assert self._residency is not None
+        last: int | None = None
+        for start, (size, share) in used.items():
+            if share == 1:
+                stays, dropped = self._residency.used(start, size)
+                for kept, length in dropped.items():
+                    self._advise("MADV_DONTNEED", kept, length)
+                last = start
+            else:
+                stays = start in self._residency.stay
+            if not stays:
+                self._advise("MADV_DONTNEED", start, size)
+        while ahead > 0 and last is not None and (following := self._residency.next(last)) is not None:
+            self._advise("MADV_WILLNEED", *following)
+            last, ahead = following[0], ahead - following[1]
 
     def _ferry(self, device: torch.device) -> Ferry:
         """What brings weights to a GPU."""

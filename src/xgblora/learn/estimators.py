@@ -84,11 +84,14 @@ class TwoSided:
 
         def losses(z: Tensor, probes: Tensor) -> Tensor:
             both_signs = torch.empty(2, batch.segments, device=z.device)
+            probed = []
             for examples, both in parts:
                 rows = probes.view(2, batch.segments, -1)[:, examples].flatten(0, 1)
-                probe = Probe(z, rows if loss.writes else rows[both.token_segment])
-                with adapters.base.skipping(self.prefix, adapters.lowest_layer), adapters.probing(probe):
-                    both_signs[:, examples] = loss(adapters.base, both).float().view(2, -1)
+                probed.append(Probe(z, rows if loss.writes else rows[both.token_segment]))
+            with adapters.base.skipping(self.prefix, adapters.lowest_layer), adapters.probing(*probed) as turn:
+                of_parts = loss.all_losses(adapters.base, [both for _, both in parts], turn)
+                for (examples, _), of_part in zip(parts, of_parts, strict=True):
+                    both_signs[:, examples] = of_part.float().view(2, -1)
             return both_signs.flatten()
 
         device = batch.input_ids.device

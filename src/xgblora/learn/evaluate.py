@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base
 from xgblora.base.prefix import Prefix
-from xgblora.data.batch import Example, build_batch, shared_beginning, split_by_tokens
+from xgblora.data.batch import Example, shared_beginning, split_by_tokens
 from xgblora.errors import XgbloraError, within_memory
 from xgblora.learn.generation import exact_match_and_f1
 from xgblora.learn.losses import AnswerLoss, OptionLoss
@@ -135,19 +135,29 @@ class _Scoring:
         probabilities = [[torch.empty(0)] * len(examples) for _ in stages]
         losses: list[list[Tensor]] = [[] for _ in stages]
         prefix = Prefix(base.model, STAGE_CACHE_BYTES) if several else None
+        groups = list(by_tokens(examples, self.batch_size))
+        scored = ([replace(examples[i], score_prompt=False) for i in group] for group in groups)
+        batches = (base.batch(rows, share=not several).filled() for rows in scored)
+        numbers = iter(groups)
+        normalised = None if nulls is None else True
         with base.without_gradients(), Progress(len(examples), self.progress) as progress:
-            for chosen in by_tokens(examples, self.batch_size):
-                rows = [replace(examples[i], score_prompt=False) for i in chosen]
-                with within_memory(
-                    f"evaluating {len(rows)} examples of {sum(row.tokens for row in rows):,} tokens",
-                    "lower --per_device_eval_batch_size or --max_length, or load the base in bfloat16",
-                ):
-                    batch = base.batch(rows, share=not several).filled()
-                    for number, stage in enumerate(stages):
-                        with stage(), base.skipping(prefix, layer):
-                            scores = self.loss.scores(base, batch, True if nulls is not None else None)
+            for wave in base.waves(batches):
+                of_wave = [next(numbers) for _ in wave]
+                count = sum(map(len, of_wave))
+                for number, stage in enumerate(stages):
+                    with (
+                        within_memory(
+                            f"evaluating {count} examples of {sum(batch.tokens for batch in wave):,} tokens",
+                            "lower --per_device_eval_batch_size or --max_length, or load the base in bfloat16",
+                        ),
+                        stage(),
+                        base.skipping(prefix, layer),
+                    ):
+                        every = list(self.loss.all_scores(base, wave, normalised))
+                    for chosen, batch, of_batch in zip(of_wave, wave, every, strict=True):
+                        scores = of_batch
                         if nulls is not None:
-                            of_rows = [nulls[_null(row)] for row in rows]
+                            of_rows = [nulls[_null(examples[i])] for i in chosen]
                             scores = scores - nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
                         losses[number].append(self.loss.of_scores(scores, batch.label))
                         likely = scores.softmax(1).float().cpu()
@@ -156,7 +166,7 @@ class _Scoring:
                             probabilities[number][i] = row[: len(examples[i].options)]
                 if prefix is not None:
                     prefix.clear()
-                progress.add(len(chosen))
+                progress.add(count)
         means = [torch.cat(loss).double().mean().item() for loss in losses]
         writer = self.loss.writer
         if writer is None:
@@ -183,9 +193,10 @@ def null_scores(base: Base, examples: Sequence[Example], batch_size: int) -> dic
     bare = {_null(e): Example(e.null_prompt, e.options, 0) for e in examples}
     keys, rows = list(bare), list(bare.values())
     scores_of: dict[Hashable, Tensor] = {}
-    for chosen in by_tokens(rows, batch_size):
-        batch = build_batch([rows[i] for i in chosen], base.packed).to(base.device)
-        for i, scores in zip(chosen, OptionLoss().scores(base, batch.filled(), normalised=True), strict=True):
+    groups = list(by_tokens(rows, batch_size))
+    batches = (base.batch([rows[i] for i in chosen]).filled() for chosen in groups)
+    for chosen, group in zip(groups, OptionLoss().all_scores(base, batches, normalised=True), strict=True):
+        for i, scores in zip(chosen, group, strict=True):
             scores_of[keys[i]] = scores[: len(rows[i].options)]
     return scores_of
 

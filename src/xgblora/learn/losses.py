@@ -1,7 +1,7 @@
 """Losses of a batch, one number an example: what estimators, backpropagation and fits minimise."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xgblora.base import Base
+from xgblora.base.layer_major import Turn, later, no_turn
 from xgblora.data.batch import Batch
 from xgblora.learn.generation import Writer
 
@@ -31,6 +32,12 @@ class Loss(ABC):
     @abstractmethod
     def losses(self, base: Base, batch: Batch) -> Tensor:
         """Losses (segments,) float32 of a batch."""
+
+    def all_losses(self, base: Base, batches: Sequence[Batch], turn: Turn = no_turn) -> Iterator[Tensor]:
+        """The same of several batches; ``turn`` as in :meth:`Base.hidden`."""
+        for number, batch in enumerate(batches):
+            turn(number)
+            yield self.losses(base, batch)
 
 
 class FunctionLoss(Loss):
@@ -55,10 +62,31 @@ class AnswerLoss(Loss):
     def losses(self, base: Base, batch: Batch) -> Tensor:
         return self.of_scores(self.scores(base, batch), batch.label)
 
+    def all_losses(self, base: Base, batches: Sequence[Batch], turn: Turn = no_turn) -> Iterator[Tensor]:
+        for batch, scores in zip(batches, self.all_scores(base, batches, turn=turn), strict=True):
+            yield self.of_scores(scores, batch.label)
+
     def scores(self, base: Base, batch: Batch, normalised: bool | None = None) -> Tensor:
         """Scores (segments, max_options) float32 of a batch's options, -inf where there is none."""
-        (hidden,) = base.hidden([batch])
-        return option_scores(base, hidden, batch, self.normalised if normalised is None else normalised)
+        (scores,) = self.all_scores(base, [batch], normalised)
+        return scores
+
+    def all_scores(
+        self, base: Base, batches: Iterable[Batch], normalised: bool | None = None, turn: Turn = no_turn
+    ) -> Iterator[Tensor]:
+        """The same of several batches, which pass the model together where that saves reading it (:meth:`Base.waves`).
+
+        ``turn``: as in :meth:`Base.hidden`.
+        """
+        start = 0
+        for wave in base.waves(batches):
+            hidden = list(base.hidden(wave, later(turn, start)))
+            with base.held():
+                yield from [
+                    option_scores(base, of_batch, batch, self.normalised if normalised is None else normalised)
+                    for of_batch, batch in zip(hidden, wave, strict=True)
+                ]
+            start += len(wave)
 
     @abstractmethod
     def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:

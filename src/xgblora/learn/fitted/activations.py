@@ -80,12 +80,10 @@ class Forwards:
 
     def scores(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Each of ``batches`` with its option scores (examples, options)."""
-        for batch in batches:
-            self.tokens += batch.tokens
-            filled = batch.to(self.base.device).filled()
-            with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-                scores = self.loss.scores(self.base, filled)
-            yield filled, scores
+        filled = [batch.to(self.base.device).filled() for batch in batches]
+        self.tokens += sum(batch.tokens for batch in batches)
+        with self.base.skipping(self.prefix, self.adapters.lowest_layer):
+            yield from zip(filled, self.loss.all_scores(self.base, filled), strict=True)
 
 
 class TailLoss:
