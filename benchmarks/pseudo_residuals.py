@@ -61,7 +61,7 @@ def measure(base: Base, train: list[Example], dev: list[Example]) -> list[dict[s
             adapters = attach(base, 1, 1, targets, xgblora=True, layers=LayerSubset(count, "top"))
             with base.without_gradients():
                 forwards = Forwards(adapters, OptionLoss())
-                seen, held_out = forwards.observe(train, MOST_READS), forwards.observe(dev, MOST_READS)
+                seen, held_out = forwards.observe(train, dev, most=MOST_READS)
                 kernel = Kernel(seen.inputs)
                 loss = TailLoss(forwards, seen)
                 before = predicted(forwards, held_out)
@@ -79,7 +79,7 @@ def measure(base: Base, train: list[Example], dev: list[Example]) -> list[dict[s
                     wanted = (after - before).diff(dim=1)[:, 0]
                     for step in STEPS:
                         put(adapters, learner, step)
-                        realised = predicted(forwards, forwards.observe(dev, MOST_READS))
+                        realised = predicted(forwards, forwards.observe(dev, most=MOST_READS)[0])
                         moved = (realised - before).diff(dim=1)[:, 0]
                         real = evaluate(base, dev, batch_size=64)
                         correlation = torch.corrcoef(torch.stack([wanted, moved]))[0, 1].item()

@@ -73,7 +73,7 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, of_answers: 
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
         forwards = Forwards(adapters, of_answers)
-        seen = forwards.observe(examples(60, OPTIONS[options]), MOST_READS)
+        (seen,) = forwards.observe(examples(60, OPTIONS[options]), most=MOST_READS)
         loss = TailLoss(forwards, seen)
         learner = fit(seen, loss, ridge=1.0)
         assert learner.outputs.norm().item() == pytest.approx(1, abs=1e-5)
@@ -96,7 +96,7 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
     adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
     with torch.no_grad():
         forwards = forwards_of(adapters)
-        seen = forwards.observe(examples(60), MOST_READS)
+        (seen,) = forwards.observe(examples(60), most=MOST_READS)
         loss = TailLoss(forwards, seen)
         assert turned_down(adapters) == ["down_proj" in name for name in adapters.layers]
         learner = fit(seen, loss, 1.0)
@@ -135,7 +135,7 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
     rows, held = examples(60, OPTIONS[options]), examples(20, OPTIONS[options], seed=9)
     teacher = teach(forwards, rows, held, opinion=opinion)
     with torch.no_grad():
-        seen, unseen = (forwards.observe(part, MOST_READS) for part in (rows, held))
+        seen, unseen = forwards.observe(rows, held, most=MOST_READS)
         seen, unseen = (replace(part, written=None) for part in (seen, unseen))  # the attention's alone
         learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
         assert teacher.directions == len(learner.outputs) == {"single": 1, "several": 2, "long": 4}[options]
@@ -244,7 +244,7 @@ def test_a_larger_ridge_gives_a_shorter_learner() -> None:
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
         forwards = forwards_of(adapters)
-        seen = forwards.observe(examples(40), MOST_READS)
+        (seen,) = forwards.observe(examples(40), most=MOST_READS)
         loss = TailLoss(forwards, seen)
         sizes = [fit(seen, loss, ridge).change.norm() for ridge in (0.1, 1.0, 10.0)]
     assert sizes[0] > sizes[1] > sizes[2]

@@ -451,8 +451,8 @@ from xgblora.base.packed import budgeted_file
 from xgblora.base.unpack import unpack
 unpack(torch.zeros(1, 144, dtype=torch.uint8), Kind.Q4_K, torch.zeros(1, dtype=torch.int32), torch.empty(1, 256))
 load_model(sys.argv[1])
-rows = [Example(list(range(20 + n)), [[5], [9]], 0) for n in range(40)]
-model, _ = load_model(sys.argv[1], memory_budget=int(psutil.Process().memory_info().rss + 250e6))
+rows = [Example(list(range(5 + n)), [[5], [9]], 0) for n in range(40)]
+model, _ = load_model(sys.argv[1], memory_budget=int(psutil.Process().memory_info().rss + 330e6))
 base, file = Base(model, packed=True), budgeted_file(model)
 batches = [base.batch(rows[start : start + 10]) for start in range(0, 40, 10)]
 with torch.no_grad():

@@ -1,8 +1,8 @@
 """The frozen model as an object: hidden states, logits, what its layers see. It is asked, never opened."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Union
 
@@ -16,7 +16,7 @@ from xgblora.base.compilation import compiled
 from xgblora.base.cpu_layout import cpu_layout
 from xgblora.base.fingerprint import fingerprint
 from xgblora.base.head import log_probabilities, logits
-from xgblora.base.layer_major import Turn, has_greenlets, later, layer_major, no_turn
+from xgblora.base.layer_major import Turn, has_greenlets, later, layer_major, no_turn, one_by_one
 from xgblora.base.observation import Observation, Watch, rows_read
 from xgblora.base.packed import budgeted_file
 from xgblora.base.packed_file import PackedFile
@@ -122,10 +122,11 @@ class Base:
         for what waits, and to write and read that for every layer costs more than to read the model once more, as soon
         as there is room for half a layer.
         """
-        if self._file is None or self._prefix is not None:
+        if self._file is None:
             yield from ([batch] for batch in batches)
             return
-        room = self._file.room // (2 * self.width * self.dtype.itemsize)  # its embeddings and its hidden states wait
+        # Of each token its embedding and its hidden state wait, and what it entered the first layer with that trains.
+        room = self._file.room // (3 * self.width * self.dtype.itemsize)
         wave: list[Batch] = []
         for batch in batches:
             if wave and sum(waiting.input_ids.numel() for waiting in [*wave, batch]) > room:
@@ -134,6 +135,11 @@ class Base:
             wave.append(batch)
         if wave:
             yield wave
+
+    @property
+    def reread(self) -> bool:
+        """Whether every wave of batches reads weights again."""
+        return self._file is not None
 
     @cached_property
     def _file(self) -> PackedFile | None:
@@ -158,22 +164,27 @@ class Base:
 
     def _forward(self, wave: list[Batch], turn: Turn) -> list[Tensor]:
         """Final hidden states that are read of batches that pass the model together."""
-        results: list[Tensor] = [torch.empty(0)] * len(wave)
+        results: dict[int, Tensor] = {}
 
-        def run(number: int) -> None:
-            batch = wave[number]
-            with self.ready(batch):
-                results[number] = rows_read(forward(self.model, batch), batch)
+        def read(number: int) -> None:
+            results[number] = rows_read(forward(self.model, wave[number]), wave[number])
 
-        if len(wave) == 1:
-            turn(0)
-            run(0)
+        with self._skipped(wave) as enter:
+
+            def both(number: int) -> None:
+                enter(number)
+                turn(number)
+
+            self._run([partial(read, number) for number in range(len(wave))], both)
+        return [results[number] for number in range(len(wave))]
+
+    def _run(self, forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
+        """Carry out forwards: where weights are read again, layer by layer."""
+        if self._file is None or len(forwards) < 2:
+            one_by_one(forwards, turn)
         else:
-            assert self._file is not None
-            runs = [partial(run, number) for number in range(len(wave))]
-            with self._file.held() as release, attending_packed(self.model, wave[0].packed):
-                layer_major(self.layers.values(), runs, turn, release)
-        return results
+            with self._file.held() as release, attending_packed(self.model, self.packed):
+                layer_major(self.layers.values(), forwards, turn, release)
 
     def observe(self, batches: Iterable[Batch], layers: Sequence[nn.Module]) -> Iterator[Observation]:
         """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
@@ -249,8 +260,15 @@ class Base:
     @contextmanager
     def ready(self, batch: Batch) -> Iterator[None]:
         """Make the model ready for forwards of this very batch by somebody else's code."""
-        with nullcontext() if self._prefix is None else self._prefix[0].skipped(self._prefix[1], batch):
+        with self._skipped([batch]):
             yield
+
+    def _skipped(self, wave: Sequence[Batch]) -> AbstractContextManager[Turn]:
+        """Let forwards of these batches begin where :meth:`skipping` says."""
+        if self._prefix is None:
+            return nullcontext(no_turn)
+        prefix, layer = self._prefix
+        return prefix.skipped(layer, wave, self._run)
 
     @contextmanager
     def without_gradients(self, compile_layers: bool = False) -> Iterator[None]:

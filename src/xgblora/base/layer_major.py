@@ -16,6 +16,10 @@ Turn = Callable[[int], None]
 """Told the number of the batch that goes on now."""
 
 
+Run = Callable[[Sequence[Callable[[], None]], Turn], None]
+"""Carries out forwards, one by one or layer by layer."""
+
+
 def no_turn(number: int) -> None:
     """It makes no difference which batch goes on."""
 
@@ -23,6 +27,13 @@ def no_turn(number: int) -> None:
 def later(turn: Turn, start: int) -> Turn:
     """``turn`` for the batches from number ``start`` on, which are counted from 0."""
     return lambda number: turn(start + number)
+
+
+def one_by_one(forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
+    """Carry out forwards one after the other."""
+    for number, forward in enumerate(forwards):
+        turn(number)
+        forward()
 
 
 @cache

@@ -38,6 +38,7 @@ class PackedFile:
             warnings.simplefilter("ignore", UserWarning)
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         process = psutil.Process()
+        self.size = path.stat().st_size
         self.read_bytes = 0
         """Bytes of weights that were read without having stayed in memory, with a budget."""
         self._held: dict[int, tuple[int, float]] | None = None
@@ -88,7 +89,10 @@ class PackedFile:
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
-        """Weights that are used inside the block stay until what it gives is called, or it ends."""
+        """Weights that are used inside the block stay until what it gives is called, or the outermost block ends."""
+        if self._held is not None:
+            yield lambda: None
+            return
         self._held = {}
 
         def release() -> None:

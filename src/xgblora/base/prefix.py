@@ -5,8 +5,9 @@ needs them once instead of twice, and not at all for examples whose activations 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from xgblora.base.architecture import decoder_layers
 from xgblora.base.attention import forward
+from xgblora.base.layer_major import Run, Turn, no_turn, one_by_one
 from xgblora.base.swap import StandIn, swap
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import XgbloraError, one_line
@@ -55,33 +57,61 @@ class Prefix:
         return self._possible
 
     @contextmanager
-    def skipped(self, layer: str, batch: Batch) -> Iterator[None]:
-        """Forwards of ``batch`` inside the block start at decoder layer ``layer``."""
-        original = batch.original or batch
-        hidden = self._packed(original, layer) if batch.packed else run_below(self.model, original, layer)
-        copies = batch.segments // original.segments
-        if batch.packed:
-            filler = batch.input_ids.numel() - copies * original.input_ids.numel()
-            hidden = F.pad(hidden.repeat(1, copies, 1), (0, 0, 0, filler))
-        else:
-            hidden = hidden.repeat(copies, 1, 1)
-        with entering(self.model, layer, hidden):
-            yield
+    def skipped(self, layer: str, wave: Sequence[Batch], run: Run) -> Iterator[Turn]:
+        """Forwards inside the block start at decoder layer ``layer``.
 
-    def _packed(self, batch: Batch, layer: str) -> Tensor:
-        """Hidden states (1, tokens, hidden) that enter ``layer``, from memory where they are."""
-        keys = [_key(example) for example in batch.examples]
-        entries = {key: self._kept[key] for key in keys if key in self._kept}
-        missing = {key: e for key, e in zip(keys, batch.examples, strict=True) if key not in entries}
-        if missing:
+        Args:
+            layer: Its name.
+            wave: The batches that are forwarded.
+            run: Carries out what lies below.
+
+        Yields:
+            To be told the number of the batch that goes on; before that it is the first.
+        """
+        originals = [batch.original or batch for batch in wave]
+        below = self._packed(originals, layer, run) if wave[0].packed else run_below(self.model, originals, layer, run)
+        entered = []
+        for batch, original, hidden in zip(wave, originals, below, strict=True):
+            copies = batch.segments // original.segments
+            if batch.packed:
+                filler = batch.input_ids.numel() - copies * original.input_ids.numel()
+                entered.append(F.pad(hidden.repeat(1, copies, 1), (0, 0, 0, filler)))
+            else:
+                entered.append(hidden.repeat(copies, 1, 1))
+        with entering(self.model, layer, entered) as turn:
+            yield turn
+
+    def _packed(self, wave: Sequence[Batch], layer: str, run: Run) -> list[Tensor]:
+        """Hidden states (1, tokens, hidden) of each batch that enter ``layer``, from memory where they are."""
+        parts: dict[int, Batch] = {}
+        coming: set[Any] = set()
+        room = self.cache_bytes - self.used_bytes
+        table = self.model.get_input_embeddings().weight
+        for number, batch in enumerate(wave):
+            known = {_key(example): example for example in batch.examples}
+            missing = {key: e for key, e in known.items() if key not in self._kept and key not in coming}
+            if not missing:
+                continue
             examples = list(missing.values())
-            part = batch if len(examples) == len(keys) else build_batch(examples).to(batch.input_ids.device)
-            hidden = run_below(self.model, part.filled(), layer)[0, : part.tokens]
+            whole = len(examples) == len(batch.examples)
+            parts[number] = batch if whole else build_batch(examples).to(batch.input_ids.device)
+            for key, example in missing.items():
+                size = example.tokens * self.model.config.get_text_config().hidden_size * table.dtype.itemsize
+                if size <= room:  # it will be kept, so that no other batch computes it, too
+                    coming.add(key)
+                    room -= size
+        computed = run_below(self.model, [part.filled() for part in parts.values()], layer, run)
+        own: dict[int, dict[Any, Tensor]] = {number: {} for number in range(len(wave))}
+        for (number, part), hidden in zip(parts.items(), computed, strict=True):
             lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
-            for key, rows in zip(missing, hidden.split(lengths), strict=True):
-                entries[key] = rows
-                self._keep(key, rows)
-        return torch.cat([entries[key] for key in keys])[None]
+            for example, rows in zip(part.examples, hidden[0, : part.tokens].split(lengths), strict=True):
+                own[number][_key(example)] = rows
+                self._keep(_key(example), rows)
+        entries = [{**self._kept, **own[number]} if own[number] else self._kept for number in range(len(wave))]
+        return [
+            torch.cat([kept[_key(example)] for example in batch.examples])[None]
+            for batch, kept in zip(wave, entries, strict=True)
+        ]
 
     def _keep(self, key: Any, rows: Tensor) -> None:
         if self.used_bytes + rows.nbytes <= self.cache_bytes:
@@ -101,27 +131,45 @@ def _key(example: Example) -> tuple[Any, ...]:
     return tuple(example.prompt), tuple(map(tuple, example.options))
 
 
-def run_below(model: PreTrainedModel, batch: Batch, layer: str) -> Tensor:
-    """The hidden states that enter decoder layer ``layer``: (1, tokens, hidden) packed, (rows, longest, hidden)."""
+def run_below(model: PreTrainedModel, batches: Sequence[Batch], layer: str, run: Run) -> list[Tensor]:
+    """The hidden states of each batch that enter decoder layer ``layer``.
+
+    (1, tokens, hidden) packed, (rows, longest, hidden) padded.
+    """
+    results: dict[int, Tensor] = {}
+
+    def below(number: int) -> None:
+        try:
+            forward(model, batches[number])
+        except _Reached as reached:
+            results[number] = reached.hidden
+
     with ExitStack() as undo:
         swap(model, layer, _Stop(model.get_submodule(layer)), undo)
-        try:
-            forward(model, batch)
-        except _Reached as reached:
-            return reached.hidden
-    raise XgbloraError(f"--xgblora_layers: {type(model).__name__} did not run its layer {layer}")
+        run([partial(below, number) for number in range(len(batches))], no_turn)
+    if len(results) < len(batches):
+        raise XgbloraError(f"--xgblora_layers: {type(model).__name__} did not run its layer {layer}")
+    return [results[number] for number in range(len(batches))]
 
 
 @contextmanager
-def entering(model: PreTrainedModel, layer: str, hidden: Tensor) -> Iterator[None]:
-    """Forwards inside the block skip all decoder layers before ``layer``, which starts at ``hidden``."""
+def entering(model: PreTrainedModel, layer: str, hidden: Sequence[Tensor]) -> Iterator[Turn]:
+    """Forwards inside the block skip all decoder layers before ``layer``, which starts at ``hidden``.
+
+    That of the first batch, until what this yields is told the number of another.
+    """
     layers = decoder_layers(model)
     names = list(layers)
     below = names[: names.index(layer)]
+    entry = _Skip(layers[below[-1]], hidden[0])
+
+    def turn(number: int) -> None:
+        entry.hidden = hidden[number]
+
     with ExitStack() as undo:
         for name in below:
-            swap(model, name, _Skip(layers[name], hidden if name == below[-1] else None), undo)
-        yield
+            swap(model, name, entry if name == below[-1] else _Skip(layers[name], None), undo)
+        yield turn
 
 
 @torch.inference_mode()
@@ -135,7 +183,7 @@ def can_enter(model: PreTrainedModel, layer: str, packed: bool) -> bool:
 
     expected = read()
     try:
-        with entering(model, layer, run_below(model, batch, layer)):
+        with entering(model, layer, run_below(model, [batch], layer, one_by_one)):
             entered = read()
     except Exception as error:  # whatever a foreign architecture raises
         reason = one_line(error, 100)

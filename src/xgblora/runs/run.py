@@ -12,6 +12,7 @@ from xgblora.adapters.adapters import Adapters, LayerSubset, attach
 from xgblora.adapters.boosters import Ledger, start_from
 from xgblora.adapters.files import require_lora
 from xgblora.base import Base
+from xgblora.base.packed import budgeted_file
 from xgblora.config import RunConfig, banner, notes
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
@@ -98,6 +99,9 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
     result.write(folder_of(config) / METRICS)  # last: it is what makes a run complete
     if config.result_file:
         result.write(Path(config.result_file))
+    if (file := budgeted_file(workspace.base.model)) is not None:
+        times = file.read_bytes / file.size
+        logger.info("Weights read: %.2f GB, %.1f times the file (--memory_budget)", file.read_bytes / 1e9, times)
     return result
 
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
+from xgblora.adapters.linear import AdaptedLinear
+from xgblora.base import Observation
+from xgblora.base.layer_major import Turn, no_turn
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch, split_by_tokens
 from xgblora.learn.fitted.recipe import no_note
@@ -58,32 +61,40 @@ class Forwards:
         self.note: Callable[[str], None] = no_note
         """Told what is being done."""
 
-    def observe(self, examples: Sequence[Example], most: int) -> Observed:
-        """One forward over as many of the examples as predict no more than ``most`` tokens."""
+    def observe(self, *groups: Sequence[Example], most: int) -> list[Observed]:
+        """One forward over as many of each group's examples as predict no more than ``most`` tokens."""
         layers = [layer for layer, _, _ in self.adapters.slices]
+        of_groups = [
+            [batch.to(self.base.device) for batch in parts(_within(group, most), self.base.packed)] for group in groups
+        ]
+        with self.base.skipping(self.prefix, self.adapters.lowest_layer):
+            seen = self.base.observe((batch.filled() for batches in of_groups for batch in batches), layers)
+            return [self._observed(batches, seen, layers) for batches in of_groups]
+
+    def _observed(self, batches: list[Batch], seen: Iterator[Observation], layers: Sequence[AdaptedLinear]) -> Observed:
+        """What the next observations say, which are those of ``batches``."""
         down = turned_down(self.adapters)
         inputs: list[list[Tensor]] = [[] for _ in range(down.count(False))]
         written: list[Tensor] = []
         hidden: list[Tensor] = []
-        batches = [batch.to(self.base.device) for batch in parts(_within(examples, most), self.base.packed)]
-        with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-            for observation in self.base.observe((batch.filled() for batch in batches), layers):
-                for rows, x in zip(inputs, compress(observation.inputs, (not only for only in down)), strict=True):
-                    rows.append(x)
-                if any(down):
-                    observed = compress(zip(layers, observation.inputs, strict=True), down)
+        for observation in islice(seen, len(batches)):
+            for rows, x in zip(inputs, compress(observation.inputs, (not only for only in down)), strict=True):
+                rows.append(x)
+            if any(down):
+                observed = compress(zip(layers, observation.inputs, strict=True), down)
+                with self.base.held():
                     written.append(torch.stack([writes(layer, x) for layer, x in observed]).sum(0))
-                hidden.append(observation.last.float())
+            hidden.append(observation.last.float())
         self.tokens += sum(batch.tokens for batch in batches)
         together = torch.cat(written) if written else None
         return Observed(batches, [torch.cat(rows) for rows in inputs], together, torch.cat(hidden))
 
-    def scores(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-        """Each of ``batches`` with its option scores (examples, options)."""
+    def scores(self, batches: Sequence[Batch], turn: Turn = no_turn) -> Iterator[tuple[Batch, Tensor]]:
+        """Each of ``batches`` with its option scores (examples, options); ``turn`` as in :meth:`Base.hidden`."""
         filled = [batch.to(self.base.device).filled() for batch in batches]
         self.tokens += sum(batch.tokens for batch in batches)
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-            yield from zip(filled, self.loss.all_scores(self.base, filled), strict=True)
+            yield from zip(filled, self.loss.all_scores(self.base, filled, turn=turn), strict=True)
 
 
 class TailLoss:

@@ -1,8 +1,9 @@
 """Recipe boost: each booster is fitted to what the model still gets wrong, its step length found by forward passes."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -141,28 +142,46 @@ def boost(
     require_writers(adapters)
     number = adapters.boosters + 1
     forwards.note(f"booster {number}: looking at {len(examples):,} examples")
-    seen = forwards.observe(examples, MOST_READS)
+    (seen,) = forwards.observe(examples, most=MOST_READS)
     forwards.note(f"booster {number}: fitting")
     labelled = TailLoss(forwards, seen)
     loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
-    learner = fit(seen, loss, ridge)
+    with forwards.base.held():
+        learner = fit(seen, loss, ridge)
     put(adapters, learner, 0.0)
     batches = list(parts(searched, forwards.base.packed))
     losses: dict[float, Tensor] = {}
+    asked: dict[float, Tensor] = {}
+
+    def measure(steps: Sequence[float]) -> None:
+        """The losses at some steps, by one forward over the examples for each."""
+        forwards.note(f"booster {number}: step length {len(losses) + 1}")
+        taken: float | None = None
+
+        def turn(at: int) -> None:
+            nonlocal taken
+            if (step := steps[at // len(batches)]) != taken:
+                step_by(adapters, learner, step)
+                taken = step
+
+        scores = forwards.scores(batches * len(steps), turn)
+        for step in steps:
+            losses[step] = torch.cat(
+                [
+                    scored(forwards.loss, of_batch, batch, None if teacher is None else teacher.targets(batch.examples))
+                    for batch, of_batch in islice(scores, len(batches))
+                ]
+            ).double()
 
     def loss_at(step: float) -> float:
         if step not in losses:
-            forwards.note(f"booster {number}: step length {len(losses) + 1}")
-            step_by(adapters, learner, step)
-            of_batches = [
-                scored(forwards.loss, scores, batch, None if teacher is None else teacher.targets(batch.examples))
-                for batch, scores in forwards.scores(batches)
-            ]
-            losses[step] = torch.cat(of_batches).double()
+            ahead = likely_next(step, start, asked) if forwards.base.reread else []
+            measure([step, *(more for more in ahead if more not in losses)])
+        asked[step] = losses[step]
         return losses[step].mean().item()
 
     best = line_search(loss_at, start)
-    chosen = shortest_as_good(losses, best) if teacher is None else best  # a teacher's words carry no chance
+    chosen = shortest_as_good(asked, best) if teacher is None else best  # a teacher's words carry no chance
     step_by(adapters, learner, chosen * shrinkage)
     return Fit(
         loss=labelled(seen.hidden)[0].double().mean().item(),
@@ -209,6 +228,23 @@ def line_search(loss_at: Callable[[float], float], start: float, most: int = 8) 
             vertex = best * 2 ** ((left - right) / (2 * bend))
             tried[vertex] = loss_at(vertex)
     return min(tried, key=tried.__getitem__)
+
+
+def likely_next(step: float, start: float, tried: Collection[float]) -> list[float]:
+    """Steps that :func:`line_search` will most likely ask for after ``step``.
+
+    Where every forward reads the model again, they are measured in the same one.
+
+    Example:
+        >>> likely_next(0.0, 1.0, []), likely_next(4.0, 1.0, [0.0, 1.0, 2.0])
+        ([1.0, 2.0, 0.5], [8.0])
+    """
+    if step == 0:
+        return [start, 2 * start, start / 2]
+    lengths = [length for length in tried if length]
+    if step == 2 * max(lengths, default=0):
+        return [2 * step]
+    return [step / 2] if 2 * step == min(lengths, default=0) else []
 
 
 def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:

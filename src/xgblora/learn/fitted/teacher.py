@@ -73,20 +73,22 @@ def teach(
             lower loss on ``held``.
     """
     before = forwards.tokens
-    seen, unseen = (replace(forwards.observe(rows, MOST_TAUGHT), written=None) for rows in (examples, held))
+    both = forwards.observe(examples, held, most=MOST_TAUGHT)
+    seen, unseen = (replace(observed, written=None) for observed in both)
     kernel = Kernel(seen.inputs)
     loss, check = (TailLoss(forwards, observed) for observed in (seen, unseen))
     outputs: Tensor | None = None
     answers: dict[bool, tuple[Tensor, Tensor, float]] = {}
-    for kept in (True,) if opinion == "keep" else (True, False):
-        fitted, new = seen, unseen
-        if outputs is not None:  # the directions are those with its opinion
-            fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-        learner = fit(fitted, loss, ridge, directions, outputs, kernel)
-        outputs = learner.outputs
-        moved = new.hidden + learner.at(new) @ outputs
-        probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
-        answers[kept] = probabilities, check.probabilities(moved), check(moved)[0].double().mean().item()
+    with forwards.base.held():
+        for kept in (True,) if opinion == "keep" else (True, False):
+            fitted, new = seen, unseen
+            if outputs is not None:  # the directions are those with its opinion
+                fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
+            learner = fit(fitted, loss, ridge, directions, outputs, kernel)
+            outputs = learner.outputs
+            moved = new.hidden + learner.at(new) @ outputs
+            probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
+            answers[kept] = probabilities, check.probabilities(moved), check(moved)[0].double().mean().item()
     losses = {kept: answers[kept][2] for kept in answers if not (kept and opinion == "drop")}
     cost = Cost(1, len(seen.examples) + len(unseen.examples), forwards.tokens - before)
     teacher = Teacher(len(learner.outputs), losses, cost)
