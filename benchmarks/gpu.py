@@ -1,6 +1,6 @@
 """What steps, boosters and attention cost on a GPU, the contenders one after the other in one process.
 
-    python benchmarks/gpu.py [steps] [attention] [large] [--sizes 8 32 128 512] [--like qwen2-7b] [--json FILE]
+    python benchmarks/gpu.py [--sections steps attention large] [--sizes 8 32 128 512] [--like qwen2-7b] [--json FILE]
 
 1. ``steps``: those of ``step_time.py``, for each size and both precisions, and what drawing directions takes.
 2. ``attention``: of packed rows in one call, beside one call for each row, a padded rectangle made outside, and
@@ -26,19 +26,17 @@ import torch
 import torch.nn.functional as F
 from contest import DEVICE, DTYPES, Contender, Turns, publish, real_rows, train_in_turns
 from gguf import GGMLQuantizationType as Kind
+from large_base import boost
 from random_gguf import LIKE, write_random_gguf
 from step_time import backprop, floor, mezo, ours
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from xgblora import Base, Example, RunConfig, attach, load_model, residual_writers
+from xgblora import Example, attach, load_model
 from xgblora.base import attention
 from xgblora.base.load import load_tokenizer
-from xgblora.base.prefix import Prefix
 from xgblora.config import EMBEDDED_MODEL
 from xgblora.data.batch import Batch, build_batch
-from xgblora.learn.fitted import RECIPES
-from xgblora.learn.losses import OptionLoss
 from xgblora.training.record import PeakMemory
 
 WARM_UP = 3
@@ -203,11 +201,12 @@ def large(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
                 run = partial(step_of, load=load, rows=real_rows(tokenizer, 256), size=count)
                 row[f"step, B = {count}"] = timed(run, 3)
                 yield f"{way}, so far", row
-            row["boost on 64"] = boosting(load, real_rows(tokenizer, 64))
+            _freed()
+            row["boost on 64"] = boost(load(), real_rows(tokenizer, 64))
             yield way, row
 
 
-def _free() -> None:
+def _freed() -> None:
     """Let go of the last model: trainers and models refer to each other."""
     gc.collect()
     if DEVICE.type == "cuda":
@@ -217,25 +216,8 @@ def _free() -> None:
 
 def step_of(get_turns: Callable[[], Turns], load: Callable[[], Any], rows: Any, size: int) -> None:
     """Whole steps of a model."""
-    _free()
+    _freed()
     train_in_turns(get_turns, load(), rows, size)
-
-
-def boosting(load: Callable[[], Any], rows: Any) -> dict[str, float]:
-    """Teacher and one booster of recipe boost."""
-    _free()
-    model = load()
-    config = RunConfig(output_dir="unused", recipe="boost", xgblora=True, boost_boosters=1)
-    base = Base(model)
-    adapters = attach(base, xgblora=True, target_modules=residual_writers(model))
-    memory = PeakMemory(DEVICE)
-    started = time.perf_counter()
-    recipe = RECIPES["boost"](adapters, OptionLoss(), config, Prefix(model, 0))
-    with base.without_gradients(), torch.no_grad():
-        fit = recipe.fit(recipe.split(rows), 1.0)
-    _finish()
-    seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 2), "peak_mb": round(memory.read()), "forwards": fit.cost.passes}
 
 
 SECTIONS = {"steps": steps, "attention": attending, "large": large}
@@ -244,7 +226,7 @@ SECTIONS = {"steps": steps, "attention": attending, "large": large}
 def main() -> None:
     """Carry out the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--model_name", default=EMBEDDED_MODEL)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])

@@ -32,14 +32,16 @@ from transformers import (
     Starcoder2Config,
 )
 
-from conftest import train
+from conftest import LogLines, train
 from xgblora import Base, Example, TextLoss, XgbloraError, attach, evaluate, residual_writers
+from xgblora.base import base as base_module
 from xgblora.base import packed as packed_module
 from xgblora.base import unpack as unpack_module
 from xgblora.base import wheels
 from xgblora.base.cpu_layout import ReorderedLinear
 from xgblora.base.load import load_model
 from xgblora.base.packed import PackedLinear, PackedWeight
+from xgblora.base.residency import Residency
 from xgblora.base.unpack import unpack
 from xgblora.cli import main
 from xgblora.errors import MemoryBudgetError
@@ -441,6 +443,55 @@ def test_an_error_in_one_of_them_leaves_the_model_as_it_was(written: Written) ->
     with torch.no_grad():
         (alone,) = base.hidden(batches[:1])
         assert torch.equal(next(iter(base.hidden(batches))), alone)
+
+
+def test_without_greenlets_batches_pass_alone_and_the_log_says_so(
+    written: Written, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    monkeypatch.setattr(base_module, "has_greenlets", lambda: False)
+    model, _ = load_model(str(written()), memory_budget=10**11)
+    base = Base(model, packed=True)
+    batches = [base.batch(_rows(4, [[5], [9]])) for _ in range(3)]
+    assert [len(wave) for wave in base.waves(batches)] == [1, 1, 1]
+    assert log_lines.containing("xgblora[packed]")
+
+
+def test_waves_are_as_long_as_they_have_room(written: Written) -> None:
+    model, _ = load_model(str(written()), memory_budget=10**11)
+    base = Base(model, packed=True)
+    batches = [base.batch(_rows(4, [[5], [9]])) for _ in range(5)]
+    tokens = batches[0].input_ids.numel()
+    file = packed_module.budgeted_file(model)
+    assert file is not None
+    file.budget = 4 * 3 * base.width * 4 * 2 * tokens
+    assert [len(wave) for wave in base.waves(batches)] == [2, 2, 1]
+    file.budget = 1
+    assert [len(wave) for wave in base.waves(batches)] == [1] * 5
+
+
+def test_a_budget_that_proves_too_small_later_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    taken = 50
+    residency = Residency(100, lambda: taken)
+    for start in (0, 10, 20, 0):
+        residency.used(start, 10)
+    assert residency.stay == {0: 10}
+    taken = 150
+    with caplog.at_level("WARNING"):
+        assert residency.used(10, 10) == (False, {0: 10})
+        residency.used(20, 10)
+    assert [record.message for record in caplog.records] == [
+        "The memory budget of 0.00 GB is exceeded: with no weight in memory, one forward takes 0.00 GB here"
+    ]
+    with pytest.raises(MemoryBudgetError, match="too small"):
+        Residency(100, lambda: 101).used(0, 10)
+
+
+def test_what_comes_next_is_what_came_next_last_time() -> None:
+    residency = Residency(10, lambda: 0)
+    for start in (0, 1, 2, 0, 2):
+        residency.used(start, 20)
+    assert residency.next(0) == (2, 20)
+    assert residency.next(1) == (2, 20)
 
 
 ONCE = """

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xgblora.base.architecture import context_length, decoder_layers
 from xgblora.base.attention import attending_packed, forward
 from xgblora.base.compilation import compiled
-from xgblora.base.cpu_layout import cpu_layout
+from xgblora.base.cpu_layout import cpu_layout, return_freed_memory
 from xgblora.base.fingerprint import fingerprint
 from xgblora.base.head import log_probabilities, logits
 from xgblora.base.layer_major import Turn, has_greenlets, later, layer_major, no_turn, one_by_one
@@ -176,6 +176,8 @@ class Base:
                 turn(number)
 
             self._run([partial(read, number) for number in range(len(wave))], both)
+        if self.device.type == "cpu":
+            return_freed_memory()  # every batch leaves holes of other sizes, in all a fifth of the memory
         return [results[number] for number in range(len(wave))]
 
     def _run(self, forwards: Sequence[Callable[[], None]], turn: Turn) -> None:

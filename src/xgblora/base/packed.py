@@ -171,6 +171,13 @@ class PackedLinear(Opaque):
             parts.append(multiply(x, tile, None if self.bias is None else self.bias[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
+    def columns(self, part: Tensor) -> Tensor:
+        """Some columns of the weight, float32: (columns, out). What the layer gives for units, without the products."""
+        columns = torch.empty(len(part), self.out_features, device=self.weight.device)
+        for rows, tile in self.weight.tiles():
+            columns[:, rows] = tile[:, part].T.float()
+        return columns
+
     @staticmethod
     def _as_reordered(x: Tensor, tile: Tensor, bias: Tensor | None) -> Tensor:
         if x.numel() == x.shape[-1]:  # of one position the library multiplies a plain weight in another order

@@ -1,8 +1,11 @@
 """Which weights may stay in memory, beside what a forward takes."""
 
+import logging
 from collections.abc import Callable
 
 from xgblora.errors import MemoryBudgetError
+
+logger = logging.getLogger(__name__)
 
 
 class Residency:
@@ -22,20 +25,22 @@ class Residency:
         self._next: dict[int, tuple[int, int]] = {}
         self._last: int | None = None
         self._peak = 0
+        self._exceeded = False
 
     def used(self, start: int, size: int) -> tuple[bool, dict[int, int]]:
         """A weight was used: whether it stays, and which others no longer do. Raises as :meth:`PackedFile.used`."""
         self._peak = max(self._peak, self.taken() - sum(self.stay.values()))
-        if self._peak > self.budget:
-            raise MemoryBudgetError(
-                f"a memory budget of {self.budget / 1e9:.2f} GB is too small: with no weight in memory, one forward "
-                f"takes {self._peak / 1e9:.2f} GB here"
-            )
+        again = start in self._next
+        if self._peak > self.budget and not self._exceeded:
+            needs = f"with no weight in memory, one forward takes {self._peak / 1e9:.2f} GB here"
+            if not again:
+                raise MemoryBudgetError(f"a memory budget of {self.budget / 1e9:.2f} GB is too small: {needs}")
+            self._exceeded = True  # work was done: it is not thrown away
+            logger.warning("The memory budget of %.2f GB is exceeded: %s", self.budget / 1e9, needs)
         dropped: dict[int, int] = {}
         if self._peak + sum(self.stay.values()) > self.budget:  # a longer batch came
             dropped, self.stay = self.stay, {}
-        again = start in self._next
-        if self._last is not None and self._last not in self._next:
+        if self._last is not None:
             self._next[self._last] = start, size
         self._last = start
         if again and start not in self.stay and self._peak + sum(self.stay.values()) + size <= self.budget:

@@ -1,13 +1,16 @@
 """The layers that write to the residual stream, and what they write along a direction of it."""
 
+from typing import TypeGuard
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import AdaptedLinear
 from xgblora.adapters.targets import readable_names
 from xgblora.base import Base
+from xgblora.base.packed import PackedLinear
 from xgblora.errors import XgbloraError, naming
 from xgblora.learn.fitted.tail import short_batch
 
@@ -99,15 +102,24 @@ def writes(layer: AdaptedLinear, x: Tensor) -> Tensor:
 
     The layer is asked, not its weight, so that a quantised one answers, too.
     """
-    bias = layer.base_layer(torch.zeros_like(x[:1]))
-    return layer.base_layer(x).float() - bias.float()
+    written: Tensor = layer.base_layer(x).float()
+    if _is_bare(layer.base_layer):
+        return written
+    bias: Tensor = layer.base_layer(torch.zeros_like(x[:1]))
+    return written - bias.float()
+
+
+def _is_bare(layer: nn.Module) -> TypeGuard[PackedLinear]:
+    """Whether it is known to hold a packed weight and nothing else."""
+    return isinstance(layer, PackedLinear) and layer.bias is None
 
 
 def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
     """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs."""
-    width = layer.in_features
-    units = torch.zeros(min(width, PART_UNITS), width, dtype=dtype, device=output.device)
-    along = []
-    for part in torch.arange(width, device=output.device).split(len(units)):
-        along.append(writes(layer, units[: len(part)].zero_().scatter_(1, part[:, None], 1)) @ output)
-    return torch.cat(along)
+    parts = torch.arange(layer.in_features, device=output.device).split(PART_UNITS)
+    if _is_bare(layer.base_layer):  # the same numbers, since a product with a unit is exact
+        return torch.cat([layer.base_layer.columns(part) @ output for part in parts])
+    units = torch.zeros(len(parts[0]), layer.in_features, dtype=dtype, device=output.device)
+    return torch.cat(
+        [writes(layer, units[: len(part)].zero_().scatter_(1, part[:, None], 1)) @ output for part in parts]
+    )
