@@ -175,12 +175,12 @@ class Base:
                 enter(number)
                 turn(number)
 
-            self._run([partial(read, number) for number in range(len(wave))], both)
+            self.run([partial(read, number) for number in range(len(wave))], both)
         if self.device.type == "cpu":
             return_freed_memory()  # every batch leaves holes of other sizes, in all a fifth of the memory
         return [results[number] for number in range(len(wave))]
 
-    def _run(self, forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
+    def run(self, forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
         """Carry out forwards: where weights are read again, layer by layer."""
         if self._file is None or len(forwards) < 2:
             one_by_one(forwards, turn)
@@ -270,7 +270,7 @@ class Base:
         if self._prefix is None:
             return nullcontext(no_turn)
         prefix, layer = self._prefix
-        return prefix.skipped(layer, wave, self._run)
+        return prefix.skipped(layer, wave, self.run)
 
     @contextmanager
     def without_gradients(self, compile_layers: bool = False) -> Iterator[None]:
@@ -287,7 +287,6 @@ def _measure_route(model: PreTrainedModel) -> bool:
     it ships, and then packed. Where the logits differ by more than rounding, padded rows are used, and the log says
     so. Costs a few short forwards. Raises :class:`XgbloraError` where even padded rows differ.
     """
-    device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
 
@@ -296,18 +295,13 @@ def _measure_route(model: PreTrainedModel) -> bool:
 
     examples = [Example(tokens(5), [tokens(1), tokens(1)], 0), Example(tokens(12), [tokens(3), tokens(2)], 0)]
     examples.append(Example(tokens(8), [tokens(1), tokens(4)], 0))
-    wanted = []
-    for example in examples:
-        for option in example.options:
-            row = torch.tensor([[*example.prompt, *option[:-1]]], device=device)
-            wanted.append(model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :].float())
-    expected = torch.cat(wanted)
-    tolerance = 1e-3 if Base(model).dtype == torch.float32 else 0.1  # half precision rounds much more
     words = [*examples[1].prompt, *examples[1].options[0]]
-    short, long = (
-        model(input_ids=torch.tensor([part], device=device), use_cache=False).logits[0, : len(words) - 1].float()
-        for part in (words[:-1], words)
-    )
+    alone = [[*example.prompt, *option[:-1]] for example in examples for option in example.options]
+    logits_of = _logits_of(model, [*alone, words[:-1], words])
+    starts = [len(example.prompt) - 1 for example in examples for _ in example.options]
+    expected = torch.cat([logits[start:] for logits, start in zip(logits_of[:-2], starts, strict=True)])
+    tolerance = 1e-3 if Base(model).dtype == torch.float32 else 0.1  # half precision rounds much more
+    short, long = (logits[: len(words) - 1] for logits in logits_of[-2:])
     if _difference(short, long) > tolerance:
         raise XgbloraError(
             f"{type(model).__name__} is not supported: its words see later ones, so it is no causal model"
@@ -330,6 +324,18 @@ def _measure_route(model: PreTrainedModel) -> bool:
             return packed
         reason = f"logits differ by {difference:.2g} of their spread"
     raise XgbloraError(f"{type(model).__name__} is not supported: its logits are not head(hidden states) ({reason})")
+
+
+def _logits_of(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits (tokens, vocabulary) float32 of each row, which the model reads alone, as it ships."""
+    base, results = Base(model, packed=False), dict[int, Tensor]()
+
+    def read(number: int) -> None:
+        row = torch.tensor([rows[number]], device=base.device)
+        results[number] = model(input_ids=row, use_cache=False).logits[0].float()
+
+    base.run([partial(read, number) for number in range(len(rows))], no_turn)
+    return [results[number] for number in range(len(rows))]
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

@@ -79,7 +79,8 @@ class PackedFile:
         """
         if device.type != "cpu":
             self._ferry(device).used(start, size)
-        elif self._held is not None:
+        elif self._held is not None and self._residency is not None:
+            self._residency.look()
             if start not in self._held or share < 1:
                 self._count(start, size, share)
             self._held[start] = size, max(share, self._held.get(start, (0, 0.0))[1])

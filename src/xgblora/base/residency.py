@@ -27,9 +27,13 @@ class Residency:
         self._peak = 0
         self._exceeded = False
 
+    def look(self) -> None:
+        """See what is taken now."""
+        self._peak = max(self._peak, self.taken() - sum(self.stay.values()))
+
     def used(self, start: int, size: int) -> tuple[bool, dict[int, int]]:
         """A weight was used: whether it stays, and which others no longer do. Raises as :meth:`PackedFile.used`."""
-        self._peak = max(self._peak, self.taken() - sum(self.stay.values()))
+        self.look()
         again = start in self._next
         if self._peak > self.budget and not self._exceeded:
             needs = f"with no weight in memory, one forward takes {self._peak / 1e9:.2f} GB here"
