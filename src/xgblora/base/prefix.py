@@ -101,13 +101,13 @@ class Prefix:
                     coming.add(key)
                     room -= size
         computed = run_below(self.model, [part.filled() for part in parts.values()], layer, run)
-        own: dict[int, dict[Any, Tensor]] = {number: {} for number in range(len(wave))}
+        fresh: dict[int, dict[Any, Tensor]] = {number: {} for number in range(len(wave))}
         for (number, part), hidden in zip(parts.items(), computed, strict=True):
             lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
             for example, rows in zip(part.examples, hidden[0, : part.tokens].split(lengths), strict=True):
-                own[number][_key(example)] = rows
+                fresh[number][_key(example)] = rows
                 self._keep(_key(example), rows)
-        entries = [{**self._kept, **own[number]} if own[number] else self._kept for number in range(len(wave))]
+        entries = [{**self._kept, **fresh[number]} if fresh[number] else self._kept for number in range(len(wave))]
         return [
             torch.cat([kept[_key(example)] for example in batch.examples])[None]
             for batch, kept in zip(wave, entries, strict=True)
