@@ -343,7 +343,7 @@ from xgblora.base.unpack import unpack
 unpack(torch.zeros(1, 144, dtype=torch.uint8), Kind.Q4_K, torch.zeros(1, dtype=torch.int32), torch.empty(1, 256))
 load_model(sys.argv[1])  # what loading takes is no part of what stays
 before = psutil.Process().memory_info().rss
-for extra in (1e6, 70e6, 110e6, None):
+for extra in (1e6, 100e6, 140e6, None):
     model, _ = load_model(sys.argv[1], memory_budget=extra and int(before + extra))
     try:
         with torch.no_grad():
@@ -368,8 +368,8 @@ def test_a_budget_lets_go_of_weights(tmp_path: Path) -> None:
     assert "is too small: with no weight in memory, one forward takes" in none
     (least, logits), (half, same), (whole, expected) = (map(float, line.split()) for line in sizes)
     assert logits == same == expected
-    assert least < 80e6
-    assert 70e6 < half < 120e6
+    assert least < 110e6
+    assert 70e6 < half < 150e6
     assert whole > 150e6
 
 

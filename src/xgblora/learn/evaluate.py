@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base
 from xgblora.base.prefix import Prefix
-from xgblora.data.batch import Example, shared_beginning, split_by_tokens
+from xgblora.data.batch import Batch, Example, shared_beginning, split_by_tokens
 from xgblora.errors import XgbloraError, within_memory
 from xgblora.learn.generation import exact_match_and_f1
 from xgblora.learn.losses import AnswerLoss, OptionLoss
@@ -136,23 +136,20 @@ class _Scoring:
         losses: list[list[Tensor]] = [[] for _ in stages]
         prefix = Prefix(base.model, STAGE_CACHE_BYTES) if several else None
         groups = list(by_tokens(examples, self.batch_size))
-        scored = ([replace(examples[i], score_prompt=False) for i in group] for group in groups)
-        batches = (base.batch(rows, share=not several).filled() for rows in scored)
+
+        def batch_of(group: list[int]) -> Batch:
+            rows = [replace(examples[i], score_prompt=False) for i in group]
+            with _within_memory(rows):
+                return base.batch(rows, share=not several).filled()
+
         numbers = iter(groups)
         normalised = None if nulls is None else True
         with base.without_gradients(), Progress(len(examples), self.progress) as progress:
-            for wave in base.waves(batches):
+            for wave in base.waves(map(batch_of, groups)):
                 of_wave = [next(numbers) for _ in wave]
-                count = sum(map(len, of_wave))
                 for number, stage in enumerate(stages):
-                    with (
-                        within_memory(
-                            f"evaluating {count} examples of {sum(batch.tokens for batch in wave):,} tokens",
-                            "lower --per_device_eval_batch_size or --max_length, or load the base in bfloat16",
-                        ),
-                        stage(),
-                        base.skipping(prefix, layer),
-                    ):
+                    rows = [row for batch in wave for row in batch.examples]
+                    with _within_memory(rows), stage(), base.skipping(prefix, layer):
                         every = list(self.loss.all_scores(base, wave, normalised))
                     for chosen, batch, of_batch in zip(of_wave, wave, every, strict=True):
                         scores = of_batch
@@ -166,7 +163,7 @@ class _Scoring:
                             probabilities[number][i] = row[: len(examples[i].options)]
                 if prefix is not None:
                     prefix.clear()
-                progress.add(count)
+                progress.add(sum(map(len, of_wave)))
         means = [torch.cat(loss).double().mean().item() for loss in losses]
         writer = self.loss.writer
         if writer is None:
@@ -180,6 +177,13 @@ class _Scoring:
                 texts = writer.write(base, examples, self.progress and f"{self.progress}, writing")
             evaluations.append(Evaluation(exact_match_and_f1(examples, texts)[0], loss, prediction, texts))
         return evaluations
+
+
+def _within_memory(rows: Sequence[Example]) -> AbstractContextManager[None]:
+    return within_memory(
+        f"evaluating {len(rows)} examples of {sum(row.tokens for row in rows):,} tokens",
+        "lower --per_device_eval_batch_size or --max_length, or load the base in bfloat16",
+    )
 
 
 @torch.inference_mode()
