@@ -186,7 +186,12 @@ class Base:
             one_by_one(forwards, turn)
         else:
             with self._file.held() as release, attending_packed(self.model, self.packed):
-                layer_major(self.layers.values(), forwards, turn, release)
+
+                def after_layer() -> None:
+                    release()
+                    return_freed_memory()  # what waits lies between holes
+
+                layer_major(self.layers.values(), forwards, turn, after_layer)
 
     def observe(self, batches: Iterable[Batch], layers: Sequence[nn.Module]) -> Iterator[Observation]:
         """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
