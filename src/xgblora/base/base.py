@@ -26,7 +26,6 @@ from xgblora.errors import MemoryBudgetError, XgbloraError, one_line
 
 logger = logging.getLogger(__name__)
 
-
 TEXT_TOKENS = 8
 """Tokens of the forward that shows which layers a text reaches."""
 
