@@ -24,6 +24,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where contenders compute."""
 
 
+def finish() -> None:
+    """Wait for a GPU to do what it was asked for."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class Turns:
     """A contender's side: ``while turns.wait(): step(); turns.done()``."""
 
@@ -43,9 +49,29 @@ class Turns:
 
     def done(self) -> None:
         """The step is over."""
-        if DEVICE.type == "cuda":  # it has only been asked for
-            torch.cuda.synchronize()
+        finish()
         self.pipe.send(time.perf_counter() - self.started)
+
+
+class Alone(Turns):
+    """A contender's side where there are no others: so many steps, one after the other."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+        self.seconds: list[float] = []
+        self.memory = PeakMemory(DEVICE)
+
+    def wait(self) -> bool:
+        """Whether another step is wanted."""
+        finish()
+        self.left -= 1
+        self.started = time.perf_counter()
+        return self.left >= 0
+
+    def done(self) -> None:
+        """The step is over."""
+        finish()
+        self.seconds.append(time.perf_counter() - self.started)
 
 
 Contender = Callable[..., None]

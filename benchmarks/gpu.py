@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import DEVICE, DTYPES, Contender, Turns, publish, real_rows, train_in_turns
+from contest import DEVICE, DTYPES, Alone, Contender, Turns, publish, real_rows, train_in_turns
 from gguf import GGMLQuantizationType as Kind
 from large_base import boost
 from random_gguf import LIKE, write_random_gguf
@@ -37,35 +37,8 @@ from xgblora.base import attention
 from xgblora.base.load import load_tokenizer
 from xgblora.config import EMBEDDED_MODEL
 from xgblora.data.batch import Batch, build_batch
-from xgblora.training.record import PeakMemory
 
 WARM_UP = 3
-
-
-class Alone(Turns):
-    """A contender's side where there are no others."""
-
-    def __init__(self, rounds: int) -> None:
-        self.left = rounds + WARM_UP
-        self.seconds: list[float] = []
-        self.memory = PeakMemory(DEVICE)
-
-    def wait(self) -> bool:
-        """Whether another step is wanted."""
-        _finish()
-        self.left -= 1
-        self.started = time.perf_counter()
-        return self.left >= 0
-
-    def done(self) -> None:
-        """The step is over."""
-        _finish()
-        self.seconds.append(time.perf_counter() - self.started)
-
-
-def _finish() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def timed(contender: Contender, rounds: int, **settings: Any) -> dict[str, float]:
@@ -73,7 +46,7 @@ def timed(contender: Contender, rounds: int, **settings: Any) -> dict[str, float
     turns: list[Alone] = []
 
     def get_turns() -> Turns:
-        turns.append(Alone(rounds))
+        turns.append(Alone(WARM_UP + rounds))
         return turns[0]
 
     contender(get_turns, **settings)
@@ -83,7 +56,7 @@ def timed(contender: Contender, rounds: int, **settings: Any) -> dict[str, float
 
 def of_calls(call: Callable[[], Any], rounds: int) -> float:
     """Median milliseconds of a function."""
-    turns = Alone(rounds)
+    turns = Alone(WARM_UP + rounds)
     while turns.wait():
         call()
         turns.done()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import DEVICE, DTYPES, Turns, publish, real_rows, train_in_turns
+from contest import DEVICE, DTYPES, Alone, finish, publish, real_rows, train_in_turns
 from transformers import PreTrainedModel
 
 from xgblora import Base, Example, RunConfig, attach, load_model, residual_writers
@@ -27,29 +27,11 @@ from xgblora.learn.losses import OptionLoss
 from xgblora.training.record import PeakMemory
 
 
-class Some(Turns):
-    """So many steps, timed one by one."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.seconds: list[float] = []
-
-    def wait(self) -> bool:
-        """Whether another step is wanted."""
-        self.left -= 1
-        self.started = time.perf_counter()
-        return self.left >= 0
-
-    def done(self) -> None:
-        """The step is over."""
-        self.seconds.append(round(time.perf_counter() - self.started, 1))
-
-
 def step(model: PreTrainedModel, rows: Sequence[Example]) -> dict[str, Any]:
     """Three zeroth-order steps of 8 rows."""
-    turns = Some(3)
+    turns = Alone(3)
     train_in_turns(lambda: turns, model, rows, 8)
-    return {"seconds": turns.seconds}
+    return {"seconds": [round(taken, 1) for taken in turns.seconds], "peak_mb": round(turns.memory.read())}
 
 
 def boost(model: PreTrainedModel, rows: Sequence[Example]) -> dict[str, Any]:
@@ -62,8 +44,7 @@ def boost(model: PreTrainedModel, rows: Sequence[Example]) -> dict[str, Any]:
     recipe = RECIPES["boost"](adapters, OptionLoss(), config, Prefix(model, 10**9))
     with base.without_gradients(), torch.no_grad():
         fit = recipe.fit(recipe.split(rows), 1.0)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    finish()
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 2), "peak_mb": round(memory.read()), "forwards": fit.cost.passes}
 
@@ -83,10 +64,9 @@ def main() -> None:
     rows = real_rows(load_tokenizer(EMBEDDED_MODEL), 64)
     result: dict[str, Any] = {"dtype": asked.dtype, "memory_budget": asked.memory_budget}
     for part in asked.parts:
-        memory = PeakMemory(DEVICE)
         budget = None if asked.memory_budget is None else int(asked.memory_budget)
         model, _ = load_model(asked.file, getattr(torch, asked.dtype), memory_budget=budget)
-        result[part] = PARTS[part](model, rows) | {"peak_mb": round(memory.read())}
+        result[part] = PARTS[part](model, rows)
         if (file := budgeted_file(model)) is not None:
             result[part]["times_read"] = round(file.read_bytes / file.size, 2)
         publish(result, asked.json)

@@ -40,6 +40,16 @@ def adapter(trainer: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def random_file(folder: Path, patch: pytest.MonkeyPatch, layers: int, heads: int, **widths: int) -> Path:
+    """A .gguf file of a Llama with random weights; what is converted of it is kept beside it."""
+    patch.setattr(wheels.hub_constants, "HF_HOME", str(folder))
+    sizes = {"vocab_size": 300, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(**sizes, **widths, num_hidden_layers=layers, num_attention_heads=heads)
+    path = folder / "random.gguf"
+    write_random_gguf(path, "llama", config, Kind.Q4_K, mixed=True)
+    return path
+
+
 def flags_of(name: str) -> dict[str, Any]:
     flags = dict(RUNS[name])
     if name == "boost":
@@ -130,11 +140,7 @@ def test_a_model_has_one_fingerprint_wherever_it_is() -> None:
 def test_a_packed_base_is_the_unpacked_one_to_the_last_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wheels.hub_constants, "HF_HOME", str(tmp_path))
-    sizes = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, intermediate_size=512, num_key_value_heads=2, max_position_embeddings=128)
-    path = tmp_path / "random.gguf"
-    write_random_gguf(path, "llama", config, Kind.Q4_K, mixed=True)
+    path = random_file(tmp_path, monkeypatch, hidden_size=256, intermediate_size=512, layers=2, heads=4)
     losses = {}
     for unpack in (False, True):
         model, _ = load_model(str(path), dtype, unpack=unpack)
@@ -148,11 +154,7 @@ def test_a_packed_base_is_the_unpacked_one_to_the_last_bit(
 def test_weights_brought_to_the_gpu_are_those_that_lie_there(
     all_fit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wheels.hub_constants, "HF_HOME", str(tmp_path))
-    sizes = {"vocab_size": 300, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
-    config = LlamaConfig(**sizes, intermediate_size=4096, num_key_value_heads=2, max_position_embeddings=128)
-    path = tmp_path / "random.gguf"
-    write_random_gguf(path, "llama", config, Kind.Q4_K, mixed=True)
+    path = random_file(tmp_path, monkeypatch, hidden_size=1024, intermediate_size=4096, layers=6, heads=8)
     losses: dict[bool, list[float]] = {}
     peak: dict[bool, int] = {}
     for streamed in (False, True):

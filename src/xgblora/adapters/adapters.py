@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from xgblora.adapters.linear import AdaptedLinear, Probe, linear_shape
 from xgblora.adapters.targets import choose_targets
 from xgblora.base import Base
+from xgblora.base.layer_major import Turn
 from xgblora.base.swap import swap
 from xgblora.config import warn_rank
 from xgblora.errors import XgbloraError
@@ -197,7 +198,7 @@ class Adapters:
                 layer.booster_A, layer.booster_B, layer.lora_B.data = A, B, last
 
     @contextmanager
-    def probing(self, *probes: Probe) -> Iterator[Callable[[int], None]]:
+    def probing(self, *probes: Probe) -> Iterator[Turn]:
         """Evaluate perturbed pairs in every forward inside the block: those of the first probe, until the number of
         another one is given to what the block is given."""
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from xgblora.base.header import other_shape, read_gguf_header, require_few_layers
 from xgblora.base.load_packed import read_packed
 from xgblora.base.wheels import SHIPPED, kept, shipped_file
-from xgblora.config import EMBEDDED_MODEL
+from xgblora.config import EMBEDDED_MODEL, RunConfig
 from xgblora.errors import XgbloraError, one_line
 from xgblora.files import digest
 
@@ -67,6 +67,13 @@ def load_model(
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
     return model.eval(), tokenizer
+
+
+def load_configured(config: RunConfig) -> tuple[PreTrainedModel, Tokenizer]:
+    """The model that a configuration asks for, and its tokenizer: as :func:`load_model`."""
+    return load_model(
+        config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
+    )
 
 
 def load_tokenizer(name: str = EMBEDDED_MODEL, trust_remote_code: bool = False) -> Tokenizer:

@@ -79,14 +79,17 @@ class PackedFile:
         """
         if device.type != "cpu":
             self._ferry(device).used(start, size)
-        elif self._held is not None and self._residency is not None:
-            self._residency.look()
-            if start not in self._held or share < 1:
-                self._count(start, size, share)
-            self._held[start] = size, max(share, self._held.get(start, (0, 0.0))[1])
-        elif self._residency is not None:
-            self._count(start, size, share)
+            return
+        if self._residency is None:
+            return
+        held = self._held or {}
+        if start not in self._residency.stay and (share < 1 or start not in held):
+            self.read_bytes += int(size * share)
+        if self._held is None:
             self._let_go({start: (size, share)}, ahead=size)
+        else:
+            self._residency.look()
+            self._held[start] = size, max(share, held[start][1] if start in held else 0.0)
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
@@ -105,10 +108,6 @@ class PackedFile:
         finally:
             release()
             self._held = None
-
-    def _count(self, start: int, size: int, share: float) -> None:
-        if self._residency is None or start not in self._residency.stay:
-            self.read_bytes += int(size * share)
 
     def _let_go(self, used: Mapping[int, tuple[int, float]], ahead: int) -> None:
         """Let go of what does not stay, and read ``ahead`` bytes of what comes after it."""

@@ -83,34 +83,36 @@ class Prefix:
 
     def _packed(self, wave: Sequence[Batch], layer: str, run: Run) -> list[Tensor]:
         """Hidden states (1, tokens, hidden) of each batch that enter ``layer``, from memory where they are."""
+        keys = [[_key(example) for example in batch.examples] for batch in wave]
+        missing: dict[int, dict[Any, Example]] = {}
         parts: dict[int, Batch] = {}
         coming: set[Any] = set()
         room = self.cache_bytes - self.used_bytes
-        table = self.model.get_input_embeddings().weight
-        for number, batch in enumerate(wave):
-            known = {_key(example): example for example in batch.examples}
-            missing = {key: e for key, e in known.items() if key not in self._kept and key not in coming}
-            if not missing:
+        width = self.model.config.get_text_config().hidden_size
+        itemsize = self.model.get_input_embeddings().weight.dtype.itemsize
+        for number, (batch, of_batch) in enumerate(zip(wave, keys, strict=True)):
+            known = dict(zip(of_batch, batch.examples, strict=True))
+            lacking = {key: e for key, e in known.items() if key not in self._kept and key not in coming}
+            if not lacking:
                 continue
-            examples = list(missing.values())
-            whole = len(examples) == len(batch.examples)
-            parts[number] = batch if whole else build_batch(examples).to(batch.input_ids.device)
-            for key, example in missing.items():
-                size = example.tokens * self.model.config.get_text_config().hidden_size * table.dtype.itemsize
+            whole = len(lacking) == len(batch.examples)
+            missing[number] = lacking
+            parts[number] = batch if whole else build_batch(list(lacking.values())).to(batch.input_ids.device)
+            for key, example in lacking.items():
+                size = example.tokens * width * itemsize
                 if size <= room:  # it will be kept, so that no other batch computes it, too
                     coming.add(key)
                     room -= size
         computed = run_below(self.model, [part.filled() for part in parts.values()], layer, run)
-        fresh: dict[int, dict[Any, Tensor]] = {number: {} for number in range(len(wave))}
+        fresh: dict[int, dict[Any, Tensor]] = {}
         for (number, part), hidden in zip(parts.items(), computed, strict=True):
             lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
-            for example, rows in zip(part.examples, hidden[0, : part.tokens].split(lengths), strict=True):
-                fresh[number][_key(example)] = rows
-                self._keep(_key(example), rows)
-        entries = [{**self._kept, **fresh[number]} if fresh[number] else self._kept for number in range(len(wave))]
+            fresh[number] = dict(zip(missing[number], hidden[0, : part.tokens].split(lengths), strict=True))
+            for key, rows in fresh[number].items():
+                self._keep(key, rows)
         return [
-            torch.cat([kept[_key(example)] for example in batch.examples])[None]
-            for batch, kept in zip(wave, entries, strict=True)
+            torch.cat([new[key] if key in new else self._kept[key] for key in of_batch])[None]
+            for of_batch, new in zip(keys, (fresh.get(number, {}) for number in range(len(wave))), strict=True)
         ]
 
     def _keep(self, key: Any, rows: Tensor) -> None:

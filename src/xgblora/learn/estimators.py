@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import Probe
+from xgblora.base.cpu_layout import return_freed_memory
 from xgblora.base.prefix import Prefix
 from xgblora.config import RunConfig
 from xgblora.data.batch import Batch, build_batch
@@ -101,6 +102,8 @@ class TwoSided:
         mean, gradient, projected = self.estimate(losses, adapters.size, batch.segments, draws, device)
         passes = 2 * self.perturbations
         tokens = loss.tokens - before if loss.writes else passes * batch.tokens
+        if device.type == "cpu":
+            return_freed_memory()  # a loss may have forwards of its own, which leave holes, too
         return Estimate(mean.item(), gradient * share, Cost(passes, passes * batch.segments, tokens), projected)
 
     def estimate(

@@ -147,8 +147,8 @@ class _Scoring:
         with base.without_gradients(), Progress(len(examples), self.progress) as progress:
             for wave in base.waves(map(batch_of, groups)):
                 of_wave = [next(numbers) for _ in wave]
+                rows = [row for batch in wave for row in batch.examples]
                 for number, stage in enumerate(stages):
-                    rows = [row for batch in wave for row in batch.examples]
                     with _within_memory(rows), stage(), base.skipping(prefix, layer):
                         every = list(self.loss.all_scores(base, wave, normalised))
                     for chosen, batch, of_batch in zip(of_wave, wave, every, strict=True):

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 
 from xgblora.adapters.adapters import Adapters
-from xgblora.base import Base, load_model
+from xgblora.base import Base
 from xgblora.base.architecture import context_length
-from xgblora.base.load import load_model_config, load_tokenizer, tiny_model
+from xgblora.base.load import load_configured, load_model_config, load_tokenizer, tiny_model
 from xgblora.config import EMBEDDED_MODEL, RunConfig, flag
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
@@ -82,9 +82,7 @@ def check(config: CheckConfig) -> bool:
         logger.info("Check failed")
         return False
     if config.model_name != TINY:
-        model, _ = load_model(
-            config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
-        )
+        model, _ = load_configured(config)
         base = Base(model)
     else:
         base = Base(tiny_model(max(2, config.xgblora_layers)))

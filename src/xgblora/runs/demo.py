@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from xgblora.base import Base, load_model
+from xgblora.base import Base
+from xgblora.base.load import load_configured
 from xgblora.config import EMBEDDED_MODEL, flag
 from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import evaluate
@@ -113,9 +114,7 @@ def _begun(config: DemoConfig) -> str | None:
 def _fitting(config: DemoConfig) -> str:
     """The largest size that is done in time on this machine, whose speed is measured."""
     task = task_of(config)
-    model, tokenizer = load_model(
-        config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
-    )
+    model, tokenizer = load_configured(config)
     rows = load_splits(task, config.data_dir)["train"]
     rows = rows.select(range(min(len(rows), 2 * TIMED_ROWS)))
     examples = encode(task, rows, tokenizer, config.max_length)

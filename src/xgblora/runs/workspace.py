@@ -8,7 +8,8 @@ import torch
 import transformers
 from datasets import Dataset
 
-from xgblora.base import Base, load_model
+from xgblora.base import Base
+from xgblora.base.load import load_configured
 from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
@@ -63,9 +64,7 @@ class Workspace:
         if message := too_few_rows(config, len(self._samples.train)):
             raise XgbloraError(message)
 
-        model, self.tokenizer = load_model(
-            config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
-        )
+        model, self.tokenizer = load_configured(config)
         self.base = Base(model.to(config.device))
         writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
         self.loss: AnswerLoss = OptionLoss() if self.classification else TextLoss(writer)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -164,14 +163,12 @@ def boost(
                 step_by(adapters, learner, step)
                 taken = step
 
-        scores = forwards.scores(batches * len(steps), turn)
-        for step in steps:
-            losses[step] = torch.cat(
-                [
-                    scored(forwards.loss, of_batch, batch, None if teacher is None else teacher.targets(batch.examples))
-                    for batch, of_batch in islice(scores, len(batches))
-                ]
-            ).double()
+        of_batches = [
+            scored(forwards.loss, scores, batch, None if teacher is None else teacher.targets(batch.examples))
+            for batch, scores in forwards.scores(batches * len(steps), turn)
+        ]
+        for place, step in enumerate(steps):
+            losses[step] = torch.cat(of_batches[place * len(batches) : (place + 1) * len(batches)]).double()
 
     def loss_at(step: float) -> float:
         if step not in losses:
