@@ -25,6 +25,7 @@ from xgblora import (
     predict,
 )
 from xgblora.base import base, cpu_layout
+from xgblora.learn.evaluate import evaluate_together
 from xgblora.learn.losses import AnswerLoss
 from xgblora.tasks import TASKS, Task
 
@@ -38,6 +39,23 @@ def test_batches_and_layout_do_not_matter(architecture: PreTrainedConfig) -> Non
         assert other.predictions == one.predictions
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
     assert one.accuracy == sum(p == e.label for p, e in zip(one.predictions, rows, strict=True)) / 30
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_sets_that_are_evaluated_together_are_those_evaluated_alone(calibrated: bool) -> None:
+    base = Base(build(ARCHITECTURES["llama"]))
+    sets = [
+        [replace(example, null_prompt=(9, 9)) for example in examples(count, options=[[5], [9, 6], [7, 7, 7]])]
+        for count in (13, 5)
+    ]
+    together = evaluate_together(base, sets, batch_size=4, calibrated=calibrated)
+    alone = [evaluate(base, rows, batch_size=4, calibrated=calibrated) for rows in sets]
+    assert together == alone
+    assert [len(evaluation.probabilities) for evaluation in together] == [13, 5]
+    for one, other in zip(together, alone, strict=True):
+        assert all(map(torch.equal, one.probabilities, other.probabilities))
+    with pytest.raises(XgbloraError, match="there are no rows"):
+        evaluate_together(base, [sets[0], []])
 
 
 def test_the_prompts_own_tokens_do_not_count() -> None:

@@ -65,6 +65,17 @@ def test_the_tail_gives_the_models_scores(architecture: PreTrainedConfig, option
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_one_forward_shows_the_tail_and_whether_layers_are_observed() -> None:
+    base = Base(build(ARCHITECTURES["llama"]), packed=True)
+    first, last = (list(base.layers.values())[place] for place in (0, -1))
+    calls: list[int] = []
+    first.register_forward_hook(lambda *_: calls.append(1))
+    Tail(base, [last])
+    assert len(calls) == 1
+    with pytest.raises(XgbloraError, match=r"--recipe boost: .* does not see every word once"):
+        Tail(base, [base.model.get_output_embeddings()])
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("of_answers", LOSSES)
 def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, of_answers: AnswerLoss) -> None:

@@ -41,6 +41,7 @@ from xgblora.base import wheels
 from xgblora.base.cpu_layout import ReorderedLinear
 from xgblora.base.load import load_model
 from xgblora.base.packed import PackedLinear, PackedWeight
+from xgblora.base.packed_file import PackedFile
 from xgblora.base.residency import Residency
 from xgblora.base.unpack import unpack
 from xgblora.cli import main
@@ -261,14 +262,12 @@ def test_from_a_file_to_an_answer(written: Written, tmp_path: Path, capsys: pyte
     assert main(["train", *common, "--unpack", "--max_steps", "6", "--output_dir", str(tmp_path / "packed")]) == 0
 
 
-def test_check_counts_the_file(written: Written, caplog: pytest.LogCaptureFixture) -> None:
+def test_check_counts_the_file(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(mixed=True)
     sizes = []
     for flags in ([], ["--unpack"]):
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            assert main(["check", "--model_name", str(path), "--max_length", "40", "--use_cpu", "true", *flags]) == 0
-        (size,) = re.findall(r"base ([\d.]+)", caplog.text)
+        assert main(["check", "--model_name", str(path), "--max_length", "40", "--use_cpu", "true", *flags]) == 0
+        (size,) = re.findall(r"base ([\d.]+)", capsys.readouterr().out)
         sizes.append(float(size))
     assert sizes[0] <= path.stat().st_size / 1e9 + 0.005 < sizes[1]
 
@@ -463,7 +462,7 @@ def test_waves_are_as_long_as_they_have_room(written: Written) -> None:
     tokens = batches[0].input_ids.numel()
     file = packed_module.budgeted_file(model)
     assert file is not None
-    file.budget = 4 * 3 * base.width * 4 * 2 * tokens
+    file.budget = 4 * 2 * base.width * 4 * 2 * tokens
     assert [len(wave) for wave in base.waves(batches)] == [2, 2, 1]
     file.budget = 1
     assert [len(wave) for wave in base.waves(batches)] == [1] * 5
@@ -486,6 +485,18 @@ def test_a_budget_that_proves_too_small_later_is_a_warning(caplog: pytest.LogCap
         Residency(100, lambda: 101).used(0, 10)
 
 
+def test_what_waits_gets_half_of_what_nothing_else_has(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    residency = Residency(1000, lambda: 700)
+    assert residency.left == 300
+    residency.stay = {0: 100}
+    assert residency.left == 400  # weights make room
+    assert Residency(1000, lambda: 1200).left == 0
+    file = PackedFile(written(), memory_budget=10**11)
+    assert 0 < file.room <= 10**11 // 4
+    monkeypatch.setattr(Residency, "left", 500)
+    assert file.room == 250
+
+
 def test_what_comes_next_is_what_came_next_last_time() -> None:
     residency = Residency(10, lambda: 0)
     for start in (0, 1, 2, 0, 2):
@@ -497,9 +508,10 @@ def test_what_comes_next_is_what_came_next_last_time() -> None:
 ONCE = """
 import sys, psutil, torch
 from gguf import GGMLQuantizationType as Kind
-from xgblora import Base, Example, load_model
+from xgblora import Base, Example, OptionLoss, attach, load_model
 from xgblora.base.packed import budgeted_file
 from xgblora.base.unpack import unpack
+from xgblora.learn.fitted.activations import Forwards
 unpack(torch.zeros(1, 144, dtype=torch.uint8), Kind.Q4_K, torch.zeros(1, dtype=torch.int32), torch.empty(1, 256))
 load_model(sys.argv[1])
 rows = [Example(list(range(5 + n)), [[5], [9]], 0) for n in range(40)]
@@ -509,6 +521,11 @@ batches = [base.batch(rows[start : start + 10]) for start in range(0, 40, 10)]
 with torch.no_grad():
     list(base.hidden(batches))
     print(file.read_bytes, len(list(base.waves(batches))))
+    adapters = attach(base, 1, target_modules=["o_proj", "down_proj"], xgblora=True)
+    forwards = Forwards(adapters, OptionLoss())
+    before = file.read_bytes
+    (seen,) = forwards.observe(rows, most=1000)
+    print(seen.written.shape[0], file.read_bytes - before)
 """
 
 
@@ -519,9 +536,11 @@ def test_a_wave_reads_the_model_once(tmp_path: Path) -> None:
     write_random_gguf(path, "llama", config, Kind.Q4_K)
     done = subprocess.run([sys.executable, "-c", ONCE, str(path)], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    read, waves = map(int, done.stdout.split())
+    read, waves, seen, observed = map(int, done.stdout.split())
     assert waves == 1
     assert 0.9 < read / path.stat().st_size < 1
+    assert seen == 40
+    assert observed <= read  # what layers write is seen on the way: no weight is read for it
 
 
 def test_a_budget_that_is_too_small_is_not_taken_for_a_model_that_cannot(written: Written) -> None:

@@ -86,7 +86,7 @@ def _settled(base: Base, config: LoraConfig) -> dict[str, nn.Module]:
                 f"{name} is a {type(module).__name__}: only linear layers below the output head take adapters; "
                 + _suggestion(model)
             )
-    called = {_kind(name) for name in base.called(layers)}
+    called = {_kind(name) for name in layers if name in base.called}
     idle = [name for name in layers if _kind(name) not in called]
     if len(idle) == len(layers):
         raise XgbloraError(f"{type(model).__name__} does not call {wanted} for text; {_suggestion(model)}")

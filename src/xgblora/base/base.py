@@ -1,7 +1,7 @@
 """The frozen model as an object: hidden states, logits, what its layers see. It is asked, never opened."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Union
@@ -16,7 +16,7 @@ from xgblora.base.compilation import compiled
 from xgblora.base.cpu_layout import cpu_layout, return_freed_memory
 from xgblora.base.fingerprint import fingerprint
 from xgblora.base.head import log_probabilities, logits
-from xgblora.base.layer_major import Turn, has_greenlets, later, layer_major, no_turn, one_by_one
+from xgblora.base.layer_major import Turn, has_greenlets, in_waves, later, layer_major, no_turn, one_by_one
 from xgblora.base.observation import Observation, Watch, rows_read
 from xgblora.base.packed import budgeted_file
 from xgblora.base.packed_file import PackedFile
@@ -117,23 +117,20 @@ class Base:
     def waves(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """Batches that go through the model together, layer by layer: one at a time, unless weights are read again.
 
-        With a memory budget, a wave is as many as may wait between two layers. Fewer, larger waves would need a file
-        for what waits, and to write and read that for every layer costs more than to read the model once more, as soon
-        as there is room for half a layer.
+        With a memory budget, a wave is as many as may wait between two layers. A file for what waits would be written
+        and read for every layer: as soon as half a layer fits into memory, reading the model once more is less.
         """
-        if self._file is None:
-            yield from ([batch] for batch in batches)
-            return
-        # Of each token its embedding and its hidden state wait, and what it entered the first layer with that trains.
-        room = self._file.room // (3 * self.width * self.dtype.itemsize)
-        wave: list[Batch] = []
-        for batch in batches:
-            if wave and sum(waiting.input_ids.numel() for waiting in [*wave, batch]) > room:
-                yield wave
-                wave = []
-            wave.append(batch)
-        if wave:
-            yield wave
+        file = self._file
+        if file is None:
+            return ([batch] for batch in batches)
+        # Of a token its embedding and its hidden state wait; and what is kept of it, and a copy that enters the layers.
+        token = (2 if self._prefix is None else 4) * self.width * self.dtype.itemsize
+
+        def room() -> int:
+            return_freed_memory()
+            return file.room
+
+        return in_waves(batches, lambda batch: token * batch.input_ids.numel(), room)
 
     @property
     def reread(self) -> bool:
@@ -192,31 +189,36 @@ class Base:
 
                 layer_major(self.layers.values(), forwards, turn, after_layer)
 
-    def observe(self, batches: Iterable[Batch], layers: Sequence[nn.Module]) -> Iterator[Observation]:
+    def observe(
+        self, batches: Iterable[Batch], layers: Sequence[nn.Module], writers: Sequence[nn.Module] = ()
+    ) -> Iterator[Observation]:
         """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
 
-        Raises :class:`XgbloraError` where the model does not call each of the layers once, with every position.
+        What ``writers`` give is added up. Raises :class:`XgbloraError` where one is not called once, with all words.
         """
+        last = list(self.layers.values())[-1]
         for wave in self.waves(batches):
-            with Watch(wave, layers, list(self.layers.values())[-1]) as watch:
-                self._forward(wave, watch.turn)
+            with Watch(wave, layers, last, writers) as watch:
+                final = self._forward(wave, watch.turn)
             try:
-                yield from watch.observations()
+                yield from watch.observations(final)
             except KeyError as error:
                 names = {module: name for name, module in self.model.named_modules()}
                 raise XgbloraError(
                     f"{names[error.args[0]]} does not see every word once a forward, as fits need it"
                 ) from None
 
+    @cached_property
     @torch.no_grad()
-    def called(self, layers: Mapping[str, nn.Module]) -> list[str]:
-        """Names of those layers that take part in a forward of text."""
-        names: list[str] = []
+    def called(self) -> frozenset[str]:
+        """Names of the modules that take part in a forward of text. Costs a short forward, once."""
+        names: set[str] = set()
+        text = torch.arange(TEXT_TOKENS, device=self.device)[None] % self.vocabulary
         with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.callback(layer.register_forward_hook(lambda *_, name=name: names.append(name)).remove)
-            self.model(input_ids=torch.arange(TEXT_TOKENS, device=self.device)[None] % self.vocabulary, use_cache=False)
-        return names
+            for name, module in self.model.named_modules():
+                hooks.callback(module.register_forward_hook(lambda *_, name=name: names.add(name)).remove)
+            self.model(input_ids=text, use_cache=False)
+        return frozenset(names)
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits of final hidden states, float32 from float32 products.
@@ -287,9 +289,8 @@ class Base:
 def _measure_route(model: PreTrainedModel) -> bool:
     """Whether this model runs packed batches.
 
-    Three short sequences of token ids, one of them with options of several tokens, go through the model one by one as
-    it ships, and then packed. Where the logits differ by more than rounding, padded rows are used, and the log says
-    so. Costs a few short forwards. Raises :class:`XgbloraError` where even padded rows differ.
+    Three short sequences go through the model one by one as it ships, and then packed. Where the logits differ by more
+    than rounding, padded rows are used, and the log says so. Raises :class:`XgbloraError` where even those differ.
     """
     vocabulary = model.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
@@ -297,8 +298,8 @@ def _measure_route(model: PreTrainedModel) -> bool:
     def tokens(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=draw).tolist()
 
-    examples = [Example(tokens(5), [tokens(1), tokens(1)], 0), Example(tokens(12), [tokens(3), tokens(2)], 0)]
-    examples.append(Example(tokens(8), [tokens(1), tokens(4)], 0))
+    lengths = (5, 1, 1), (12, 3, 2), (8, 1, 4)
+    examples = [Example(tokens(n), [tokens(first), tokens(second)], 0) for n, first, second in lengths]
     words = [*examples[1].prompt, *examples[1].options[0]]
     alone = [[*example.prompt, *option[:-1]] for example in examples for option in example.options]
     logits_of = _logits_of(model, [*alone, words[:-1], words])
@@ -306,10 +307,9 @@ def _measure_route(model: PreTrainedModel) -> bool:
     expected = torch.cat([logits[start:] for logits, start in zip(logits_of[:-2], starts, strict=True)])
     tolerance = 1e-3 if Base(model).dtype == torch.float32 else 0.1  # half precision rounds much more
     short, long = (logits[: len(words) - 1] for logits in logits_of[-2:])
+    kind = type(model).__name__
     if _difference(short, long) > tolerance:
-        raise XgbloraError(
-            f"{type(model).__name__} is not supported: its words see later ones, so it is no causal model"
-        )
+        raise XgbloraError(f"{kind} is not supported: its words see later ones, so it is no causal model")
     reason = ""
     for packed in (True, False):
         base = Base(model, packed)
@@ -324,10 +324,10 @@ def _measure_route(model: PreTrainedModel) -> bool:
             continue
         if (difference := _difference(logits, expected)) <= tolerance:
             if not packed:
-                logger.info("%s cannot run packed batches (%s): padded rows are used", type(model).__name__, reason)
+                logger.info("%s cannot run packed batches (%s): padded rows are used", kind, reason)
             return packed
         reason = f"logits differ by {difference:.2g} of their spread"
-    raise XgbloraError(f"{type(model).__name__} is not supported: its logits are not head(hidden states) ({reason})")
+    raise XgbloraError(f"{kind} is not supported: its logits are not head(hidden states) ({reason})")
 
 
 def _logits_of(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -335,8 +335,8 @@ def _logits_of(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Te
     base, results = Base(model, packed=False), dict[int, Tensor]()
 
     def read(number: int) -> None:
-        row = torch.tensor([rows[number]], device=base.device)
-        results[number] = model(input_ids=row, use_cache=False).logits[0].float()
+        logits = model(input_ids=torch.tensor([rows[number]], device=base.device), use_cache=False).logits
+        results[number] = logits[0].float()
 
     base.run([partial(read, number) for number in range(len(rows))], no_turn)
     return [results[number] for number in range(len(rows))]

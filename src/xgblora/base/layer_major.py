@@ -5,12 +5,14 @@ decoder layer. So it does not matter what a model computes between its layers, o
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 Turn = Callable[[int], None]
 """Told the number of the batch that goes on now."""
@@ -34,6 +36,25 @@ def one_by_one(forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
     for number, forward in enumerate(forwards):
         turn(number)
         forward()
+
+
+def in_waves(items: Iterable[T], size: Callable[[T], int], room: Callable[[], int]) -> Iterator[list[T]]:
+    """Neighbours together, as many as there is room for, which is asked before each wave; at least one.
+
+    Example:
+        >>> list(in_waves([3, 1, 1, 4], size=lambda item: item, room=lambda: 4))
+        [[3, 1], [1], [4]]
+    """
+    wave: list[T] = []
+    left = 0
+    for item in items:
+        if wave and size(item) > left:
+            yield wave
+            wave = []
+        left = (left if wave else room()) - size(item)
+        wave.append(item)
+    if wave:
+        yield wave
 
 
 @cache

@@ -62,8 +62,13 @@ class PackedFile:
 
     @property
     def room(self) -> int:
-        """Bytes that batches may take while they wait for others to pass a layer: a quarter of the budget."""
-        return (self.budget or 0) // 4
+        """Bytes that batches may take while they wait for others to pass a layer.
+
+        Half of what nothing else has, since a layer computes on it, and at most a quarter of the budget.
+        """
+        if self._residency is None or self.budget is None:
+            return 0
+        return min(self.budget // 4, self._residency.left // 2)
 
     def used(self, start: int, size: int, device: torch.device, share: float = 1.0) -> None:
         """A weight was read, and is not wanted before the next forward: let go of it where memory is short.

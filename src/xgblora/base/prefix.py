@@ -69,7 +69,11 @@ class Prefix:
             To be told the number of the batch that goes on; before that it is the first.
         """
         originals = [batch.original or batch for batch in wave]
-        below = self._packed(originals, layer, run) if wave[0].packed else run_below(self.model, originals, layer, run)
+        below = (
+            self._packed(originals, layer, run)
+            if wave[0].packed
+            else iter(run_below(self.model, originals, layer, run))
+        )
         entered = []
         for batch, original, hidden in zip(wave, originals, below, strict=True):
             copies = batch.segments // original.segments
@@ -81,7 +85,7 @@ class Prefix:
         with entering(self.model, layer, entered) as turn:
             yield turn
 
-    def _packed(self, wave: Sequence[Batch], layer: str, run: Run) -> list[Tensor]:
+    def _packed(self, wave: list[Batch], layer: str, run: Run) -> Iterator[Tensor]:
         """Hidden states (1, tokens, hidden) of each batch that enter ``layer``, from memory where they are."""
         keys = [[_key(example) for example in batch.examples] for batch in wave]
         missing: dict[int, dict[Any, Example]] = {}
@@ -105,21 +109,22 @@ class Prefix:
                     room -= size
         computed = run_below(self.model, [part.filled() for part in parts.values()], layer, run)
         fresh: dict[int, dict[Any, Tensor]] = {}
-        for (number, part), hidden in zip(parts.items(), computed, strict=True):
+        for number, part in parts.items():
             lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
-            fresh[number] = dict(zip(missing[number], hidden[0, : part.tokens].split(lengths), strict=True))
-            for key, rows in fresh[number].items():
-                self._keep(key, rows)
-        return [
-            torch.cat([new[key] if key in new else self._kept[key] for key in of_batch])[None]
-            for of_batch, new in zip(keys, (fresh.get(number, {}) for number in range(len(wave))), strict=True)
-        ]
+            rows_of = zip(missing[number], computed.pop(0)[0, : part.tokens].split(lengths), strict=True)
+            # What is kept is a copy: the batch goes, before the next one is looked at.
+            fresh[number] = {key: rows for key, rows in rows_of if not self._keep(key, rows)}
+        for number, of_batch in enumerate(keys):
+            new = fresh.pop(number, {})
+            yield torch.cat([new[key] if key in new else self._kept[key] for key in of_batch])[None]
 
-    def _keep(self, key: Any, rows: Tensor) -> None:
+    def _keep(self, key: Any, rows: Tensor) -> bool:
+        """Whether there was room for them."""
         if self.used_bytes + rows.nbytes <= self.cache_bytes:
             self._kept[key] = rows.clone()  # a view would keep its whole batch
             self.used_bytes += rows.nbytes
-        elif self.cache_bytes and not self._full:
+            return True
+        if self.cache_bytes and not self._full:
             self._full = True
             logger.info(
                 "The activation cache is full: it holds %d examples in %.2f GB; others are computed every time "
@@ -127,6 +132,7 @@ class Prefix:
                 len(self._kept),
                 self.used_bytes / 1e9,
             )
+        return False
 
 
 def _key(example: Example) -> tuple[Any, ...]:

@@ -31,6 +31,11 @@ class Residency:
         """See what is taken now."""
         self._peak = max(self._peak, self.taken() - sum(self.stay.values()))
 
+    @property
+    def left(self) -> int:
+        """Bytes of the budget that nothing has now but the weights that stay, which would go."""
+        return max(0, self.budget - self.taken() + sum(self.stay.values()))
+
     def used(self, start: int, size: int) -> tuple[bool, dict[int, int]]:
         """A weight was used: whether it stays, and which others no longer do. Raises as :meth:`PackedFile.used`."""
         self.look()

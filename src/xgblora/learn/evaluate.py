@@ -1,10 +1,10 @@
 """Scoring rows: loss, and accuracy of options or of written answers, in batches of equally many tokens."""
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,33 @@ def evaluate(
         >>> evaluate(tiny_model(), [Example([1, 2, 3], [[4], [5]], label=0)]).predictions
         [1]
     """
-    base = Base.of(model)
+    return evaluate_together(Base.of(model), [examples], loss, batch_size, progress, calibrated)[0]
+
+
+def evaluate_together(
+    base: Base,
+    sets: Sequence[Sequence[Example]],
+    loss: AnswerLoss | None = None,
+    batch_size: int = 8,
+    progress: str | None = None,
+    calibrated: bool = False,
+) -> list[Evaluation]:
+    """Evaluate several sets of examples, each with the numbers of :func:`evaluate`, in as few readings of the model.
+
+    Args:
+        base: With its adapters.
+        sets: At least one example each.
+        loss: As in :func:`evaluate`, and so are the others.
+
+    Raises:
+        XgbloraError: As in :func:`evaluate`.
+    """
     scoring = _Scoring(base, loss or OptionLoss(), batch_size, progress)
-    _require_rows(examples)
-    nulls = null_scores(base, examples, batch_size) if calibrated else None
-    return scoring.run(examples, [nullcontext], nulls=nulls)[0]
+    for examples in sets:
+        _require_rows(examples)
+    every = [example for examples in sets for example in examples]
+    nulls = null_scores(base, every, batch_size) if calibrated else None
+    return scoring.run(sets, [nullcontext], nulls=nulls)[0]
 
 
 def evaluate_stages(
@@ -101,7 +123,7 @@ def evaluate_stages(
     stages = [partial(adapters.first, count) for count in range(adapters.boosters + 2)]
     scoring = _Scoring(adapters.base, loss or OptionLoss(), batch_size, progress)
     layer = adapters.lowest_layer if adapters.bare_below else None
-    return scoring.run(examples, stages, layer)
+    return [of_stage for (of_stage,) in scoring.run([examples], stages, layer)]
 
 
 def _require_rows(examples: Sequence[Example]) -> None:
@@ -121,62 +143,83 @@ class _Scoring:
     @torch.inference_mode()
     def run(
         self,
-        examples: Sequence[Example],
+        sets: Sequence[Sequence[Example]],
         stages: Sequence[Callable[[], AbstractContextManager[None]]],
         layer: str | None = None,
         nulls: Mapping[Hashable, Tensor] | None = None,
-    ) -> list[Evaluation]:
-        """One evaluation for every stage, which is a context for forwards.
+    ) -> list[list[Evaluation]]:
+        """For every stage, which is a context for forwards, an evaluation of each set of examples.
 
         All stages compute the same below ``layer``. ``nulls``: to subtract from scores, by :func:`_null`.
         """
         base, several = self.base, len(stages) > 1
-        predictions = [[0] * len(examples) for _ in stages]
-        probabilities = [[torch.empty(0)] * len(examples) for _ in stages]
-        losses: list[list[Tensor]] = [[] for _ in stages]
+        results = [[_Scores.of(examples) for examples in sets] for _ in stages]
         prefix = Prefix(base.model, STAGE_CACHE_BYTES) if several else None
-        groups = list(by_tokens(examples, self.batch_size))
+        groups = [(number, group) for number, rows in enumerate(sets) for group in by_tokens(rows, self.batch_size)]
 
-        def batch_of(group: list[int]) -> Batch:
-            rows = [replace(examples[i], score_prompt=False) for i in group]
+        def batch_of(number: int, group: list[int]) -> Batch:
+            rows = [replace(sets[number][i], score_prompt=False) for i in group]
             with _within_memory(rows):
                 return base.batch(rows, share=not several).filled()
 
-        numbers = iter(groups)
+        coming = iter(groups)
         normalised = None if nulls is None else True
-        with base.without_gradients(), Progress(len(examples), self.progress) as progress:
-            for wave in base.waves(map(batch_of, groups)):
-                of_wave = [next(numbers) for _ in wave]
+        with base.without_gradients(), Progress(sum(map(len, sets)), self.progress) as progress:
+            for wave in base.waves(itertools.starmap(batch_of, groups)):
+                of_wave = list(itertools.islice(coming, len(wave)))
                 rows = [row for batch in wave for row in batch.examples]
-                for number, stage in enumerate(stages):
+                for stage, of_stage in zip(stages, results, strict=True):
                     with _within_memory(rows), stage(), base.skipping(prefix, layer):
                         every = list(self.loss.all_scores(base, wave, normalised))
-                    for chosen, batch, of_batch in zip(of_wave, wave, every, strict=True):
+                    for (number, group), batch, of_batch in zip(of_wave, wave, every, strict=True):
                         scores = of_batch
                         if nulls is not None:
-                            of_rows = [nulls[_null(examples[i])] for i in chosen]
+                            of_rows = [nulls[_null(sets[number][i])] for i in group]
                             scores = scores - nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
-                        losses[number].append(self.loss.of_scores(scores, batch.label))
-                        likely = scores.softmax(1).float().cpu()
-                        for i, prediction, row in zip(chosen, scores.argmax(1).tolist(), likely, strict=True):
-                            predictions[number][i] = prediction
-                            probabilities[number][i] = row[: len(examples[i].options)]
+                        of_stage[number].add(group, scores, self.loss.of_scores(scores, batch.label))
                 if prefix is not None:
                     prefix.clear()
-                progress.add(sum(map(len, of_wave)))
-        means = [torch.cat(loss).double().mean().item() for loss in losses]
+                progress.add(sum(len(group) for _, group in of_wave))
         writer = self.loss.writer
         if writer is None:
-            return [
-                Evaluation(accuracy(examples, chosen), loss, chosen, probabilities=likely)
-                for chosen, loss, likely in zip(predictions, means, probabilities, strict=True)
-            ]
+            return [[scores.evaluation() for scores in of_stage] for of_stage in results]
         evaluations = []
-        for stage, loss, prediction in zip(stages, means, predictions, strict=True):
+        for stage, of_stage in zip(stages, results, strict=True):
             with stage():
-                texts = writer.write(base, examples, self.progress and f"{self.progress}, writing")
-            evaluations.append(Evaluation(exact_match_and_f1(examples, texts)[0], loss, prediction, texts))
+                told = self.progress and f"{self.progress}, writing"
+                texts = [writer.write(base, examples, told) for examples in sets]
+            evaluations.append([scores.evaluation(written) for scores, written in zip(of_stage, texts, strict=True)])
         return evaluations
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What becomes known of some examples, a batch at a time."""
+
+    examples: Sequence[Example]
+    predictions: list[int]
+    probabilities: list[Tensor]
+    losses: list[Tensor]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "_Scores":
+        return cls(examples, [0] * len(examples), [torch.empty(0)] * len(examples), [])
+
+    def add(self, group: Sequence[int], scores: Tensor, losses: Tensor) -> None:
+        """Take the scores (examples, options) and losses (examples,) of the examples with the numbers ``group``."""
+        self.losses.append(losses)
+        likely = scores.softmax(1).float().cpu()
+        for i, prediction, row in zip(group, scores.argmax(1).tolist(), likely, strict=True):
+            self.predictions[i] = prediction
+            self.probabilities[i] = row[: len(self.examples[i].options)]
+
+    def evaluation(self, texts: list[str] | None = None) -> Evaluation:
+        """What they come to, where the model wrote ``texts``."""
+        loss = torch.cat(self.losses).double().mean().item()
+        if texts is not None:
+            return Evaluation(exact_match_and_f1(self.examples, texts)[0], loss, self.predictions, texts)
+        right = accuracy(self.examples, self.predictions)
+        return Evaluation(right, loss, self.predictions, probabilities=self.probabilities)
 
 
 def _within_memory(rows: Sequence[Example]) -> AbstractContextManager[None]:
@@ -219,7 +262,7 @@ def by_tokens(examples: Sequence[Example], batch_size: int) -> Iterator[list[int
     room = batch_size * (sum(e.tokens for e in examples) / len(examples) - shared)
     order = iter(sorted(range(len(examples)), key=lambda number: examples[number].tokens))
     for group in split_by_tokens(sorted(examples, key=lambda e: e.tokens), room, shared):
-        yield list(islice(order, len(group)))
+        yield list(itertools.islice(order, len(group)))
 
 
 def score(metric: Metric, examples: Sequence[Example], evaluation: Evaluation) -> float:

@@ -19,7 +19,7 @@ from xgblora.errors import XgbloraError, naming
 from xgblora.files import add_card, require_writable, verify, write_atomically
 from xgblora.learn.evaluate import Evaluation, right, score
 from xgblora.learn.fitted.tail import Tail
-from xgblora.learn.fitted.writers import require_observed, require_writers, residual_writers
+from xgblora.learn.fitted.writers import require_writers, residual_writers
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
@@ -131,8 +131,7 @@ def attach_for(config: RunConfig, base: Base) -> Adapters:
     if boosted:
         try:
             require_writers(adapters)
-            require_observed(adapters)
-            Tail(base)
+            Tail(base, list(adapters.layers.values()))
         except XgbloraError:
             adapters.detach()
             raise

@@ -13,7 +13,7 @@ from xgblora.base.load import load_configured
 from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
-from xgblora.learn.evaluate import Evaluation, evaluate
+from xgblora.learn.evaluate import Evaluation, evaluate_together
 from xgblora.learn.generation import Writer
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward, RewardFunction, load_reward
@@ -104,12 +104,16 @@ class Workspace:
             rows: In place of the evaluation rows and the dev rows.
         """
         eval_rows, dev_rows = rows or (self.eval, self.dev)
-
-        def scored(rows: Sequence[Example], name: str) -> Evaluation:
-            progress = None if config.disable_tqdm else f"{what}, {len(rows)} {name} rows"
-            return evaluate(self.base, rows, self.loss, config.per_device_eval_batch_size, progress, config.calibrated)
-
-        return scored(eval_rows, self.eval_split), scored(dev_rows, "dev") if dev_rows else None
+        named = f"{len(eval_rows)} {self.eval_split}" + (f" and {len(dev_rows)} dev rows" if dev_rows else " rows")
+        evaluation, *dev = evaluate_together(
+            self.base,
+            [eval_rows, dev_rows] if dev_rows else [eval_rows],
+            self.loss,
+            config.per_device_eval_batch_size,
+            None if config.disable_tqdm else f"{what}, {named}",
+            config.calibrated,
+        )
+        return evaluation, dev[0] if dev else None
 
     def in_context(self, config: RunConfig) -> Scores:
         """Score with as many training rows as the run has, answered, in front of every prompt.

@@ -1,7 +1,7 @@
 """Forward passes that keep what a fit needs: what layers see, and the loss as a function of what leaves the last."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, islice
 
 import torch
@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
-from xgblora.adapters.linear import AdaptedLinear
 from xgblora.base import Observation
 from xgblora.base.layer_major import Turn, no_turn
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch, split_by_tokens
 from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.tail import Tail
-from xgblora.learn.fitted.writers import turned_down, writes
+from xgblora.learn.fitted.writers import bias, turned_down
 from xgblora.learn.losses import AnswerLoss, divergences
 
 PART_TOKENS = 1024
@@ -64,26 +63,32 @@ class Forwards:
     def observe(self, *groups: Sequence[Example], most: int) -> list[Observed]:
         """One forward over as many of each group's examples as predict no more than ``most`` tokens."""
         layers = [layer for layer, _, _ in self.adapters.slices]
+        down = turned_down(self.adapters)
+        fitted = list(compress(layers, (not only for only in down)))
+        writers = list(compress(layers, down))
         of_groups = [
             [batch.to(self.base.device) for batch in parts(_within(group, most), self.base.packed)] for group in groups
         ]
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-            seen = self.base.observe((batch.filled() for batches in of_groups for batch in batches), layers)
-            return [self._observed(batches, seen, layers) for batches in of_groups]
+            filled = (batch.filled() for batches in of_groups for batch in batches)
+            seen = self.base.observe(filled, fitted, [writer.base_layer for writer in writers])
+            observed = [self._observed(batches, seen, len(fitted)) for batches in of_groups]
+        if writers:
+            with self.base.held():
+                biases = torch.stack([bias(writer, self.base.dtype) for writer in writers]).sum(0)
+            observed = [replace(part, written=part.written - biases) for part in observed if part.written is not None]
+        return observed
 
-    def _observed(self, batches: list[Batch], seen: Iterator[Observation], layers: Sequence[AdaptedLinear]) -> Observed:
+    def _observed(self, batches: list[Batch], seen: Iterator[Observation], layers: int) -> Observed:
         """What the next observations say, which are those of ``batches``."""
-        down = turned_down(self.adapters)
-        inputs: list[list[Tensor]] = [[] for _ in range(down.count(False))]
+        inputs: list[list[Tensor]] = [[] for _ in range(layers)]
         written: list[Tensor] = []
         hidden: list[Tensor] = []
         for observation in islice(seen, len(batches)):
-            for rows, x in zip(inputs, compress(observation.inputs, (not only for only in down)), strict=True):
+            for rows, x in zip(inputs, observation.inputs, strict=True):
                 rows.append(x)
-            if any(down):
-                observed = compress(zip(layers, observation.inputs, strict=True), down)
-                with self.base.held():
-                    written.append(torch.stack([writes(layer, x) for layer, x in observed]).sum(0))
+            if observation.written is not None:
+                written.append(observation.written)
             hidden.append(observation.last.float())
         self.tokens += sum(batch.tokens for batch in batches)
         together = torch.cat(written) if written else None

@@ -1,19 +1,15 @@
 """What a model does behind its last decoder layer: cheap, and differentiable without the layers."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from xgblora.base import Base
 from xgblora.data.batch import Batch, Example
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, naming
 from xgblora.learn.losses import option_scores
-
-
-def short_batch(base: Base) -> Batch:
-    """A batch to try things on."""
-    return base.batch([Example([1, 2, 3], [[4], [5]], 0), Example([6, 7], [[4], [5]], 0)])
 
 
 class Tail(nn.Module):
@@ -21,13 +17,16 @@ class Tail(nn.Module):
 
     It is read off one short forward, and checked.
 
+    Args:
+        base: The model.
+        observed: Layers that must see every word once a forward.
+
     Raises:
-        XgbloraError: The model does something else there.
+        XgbloraError: The model does something else behind its last layer, or calls a layer otherwise.
     """
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, observed: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        batch = short_batch(base)
         last_layer = list(base.layers)[-1]
         around = {last_layer.rsplit(".", depth)[0] for depth in range(1, last_layer.count(".") + 1)} | {""}
         called: list[nn.Module] = []
@@ -39,12 +38,13 @@ class Tail(nn.Module):
         handles.append(base.layers[last_layer].register_forward_hook(lambda *_: called.clear()))
         try:
             with torch.no_grad():
-                (expected,) = base.hidden([batch])
+                batch = base.batch([Example([1, 2, 3], [[4], [5]], 0), Example([6, 7], [[4], [5]], 0)])
+                with naming("--recipe boost"):
+                    (observation,) = base.observe([batch], observed)
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            (observation,) = base.observe([batch], [])
+        expected = observation.final
         self.base = [base]  # in a list: not a submodule
         self.steps = nn.ModuleList(copy.deepcopy(module).float() for module in called)
         try:

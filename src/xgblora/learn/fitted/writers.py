@@ -11,8 +11,7 @@ from xgblora.adapters.linear import AdaptedLinear
 from xgblora.adapters.targets import readable_names
 from xgblora.base import Base
 from xgblora.base.packed import PackedLinear
-from xgblora.errors import XgbloraError, naming
-from xgblora.learn.fitted.tail import short_batch
+from xgblora.errors import XgbloraError
 
 ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense")
 """How architectures call the layer that writes a block's attention to the residual stream."""
@@ -80,13 +79,6 @@ def require_writers(adapters: Adapters) -> None:
             )
 
 
-@torch.no_grad()
-def require_observed(adapters: Adapters) -> None:
-    """Raise :class:`XgbloraError` where a layer does not see every word once a forward. Costs a short forward."""
-    with naming("--recipe boost"):
-        next(adapters.base.observe([short_batch(adapters.base)], list(adapters.layers.values())))
-
-
 def turned_down(adapters: Adapters) -> list[bool]:
     """For each layer that trains, in the order of ``slices``: whether it is only turned down, not fitted.
 
@@ -97,16 +89,19 @@ def turned_down(adapters: Adapters) -> list[bool]:
     return [False] * len(down) if all(down) else down
 
 
-def writes(layer: AdaptedLinear, x: Tensor) -> Tensor:
-    """W x, (T, out) float32, of the base layer and inputs (T, in) in the model's dtype.
+def bias(layer: AdaptedLinear, dtype: torch.dtype) -> Tensor:
+    """What the base layer adds to its product, (out,) float32.
 
-    The layer is asked, not its weight, so that a quantised one answers, too.
+    The layer is asked, not its parameters, so that a quantised one answers, too.
+
+    Args:
+        layer: Whose base layer it is.
+        dtype: The model's.
     """
-    written: Tensor = layer.base_layer(x).float()
     if _is_bare(layer.base_layer):
-        return written
-    bias: Tensor = layer.base_layer(torch.zeros_like(x[:1]))
-    return written - bias.float()
+        return layer.lora_B.new_zeros(layer.out_features)
+    added: Tensor = layer.base_layer(layer.lora_A.new_zeros(1, layer.in_features, dtype=dtype))[0]
+    return added.float()
 
 
 def _is_bare(layer: nn.Module) -> TypeGuard[PackedLinear]:
@@ -120,6 +115,10 @@ def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> T
     if _is_bare(layer.base_layer):  # the same numbers, since a product with a unit is exact
         return torch.cat([layer.base_layer.columns(part) @ output for part in parts])
     units = torch.zeros(len(parts[0]), layer.in_features, dtype=dtype, device=output.device)
-    return torch.cat(
-        [writes(layer, units[: len(part)].zero_().scatter_(1, part[:, None], 1)) @ output for part in parts]
-    )
+    added = bias(layer, dtype)
+
+    def written(part: Tensor) -> Tensor:
+        rows: Tensor = layer.base_layer(units[: len(part)].zero_().scatter_(1, part[:, None], 1))
+        return rows.float() - added
+
+    return torch.cat([written(part) @ output for part in parts])
