@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -91,3 +93,15 @@ class Progress:
         if self.total is not None and fresh:
             parts.append(f"about {tqdm.format_interval(seconds / fresh * (self.total - self.done))} left")
         return ", ".join(parts)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Hold back what a logger says inside the block, but for warnings."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

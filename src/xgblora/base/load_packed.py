@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,16 @@ from xgblora.errors import XgbloraError
 
 logger = logging.getLogger(__name__)
 
+BLOCK = re.compile(r"blk\.(\d+)\.")
+"""How the name of a layer's tensor begins in a .gguf file."""
+
 
 def read_packed(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype, memory_budget: int | None = None
+    path: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    memory_budget: int | None = None,
+    first_layers: bool = False,
 ) -> PreTrainedModel:
     """Build the model of a .gguf file on its mapped bytes.
 
@@ -32,6 +40,7 @@ def read_packed(
         config: Its configuration.
         dtype: Of products, and of what is unpacked.
         memory_budget: Bytes that the process may have resident, on a GPU those of the GPU (:class:`PackedFile`).
+        first_layers: ``config`` has fewer layers than the file, of which the first ones are taken.
 
     Raises:
         XgbloraError: The file is damaged, lacks a weight, holds one of another shape or of a kind that cannot be
@@ -47,8 +56,10 @@ def read_packed(
     model.tie_weights()  # hollow weights are made anew, one by one
     names = hf.GgufNames(model, header.architecture)
     filling = _Filling(model, names, PackedFile(path, memory_budget))
+    layers = config.get_text_config().num_hidden_layers
     for stored in header.tensors:
-        filling.put(stored)
+        if not (first_layers and (layer := BLOCK.match(stored.name)) and int(layer[1]) >= layers):
+            filling.put(stored)
     filling.finish()
     return model
 

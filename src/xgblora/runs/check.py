@@ -13,7 +13,7 @@ import torch
 from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base
 from xgblora.base.architecture import context_length
-from xgblora.base.load import load_configured, load_model_config, load_tokenizer, tiny_model
+from xgblora.base.load import load_configured, load_model_config, load_tokenizer, packed_file, tiny_model
 from xgblora.config import EMBEDDED_MODEL, RunConfig, flag
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
@@ -22,7 +22,7 @@ from xgblora.learn.schedule import resolve
 from xgblora.randomness import Stream, generator
 from xgblora.runs.arms import arm, idle_notes
 from xgblora.runs.folder import task_of
-from xgblora.runs.memory import free, predict
+from xgblora.runs.memory import free, predict, predict_seconds
 from xgblora.runs.run import attach_for
 from xgblora.runs.workspace import hide_bars
 from xgblora.tasks import encode, load_splits, sample
@@ -128,15 +128,28 @@ def _fits(config: CheckConfig, configured: RunConfig) -> bool:
     logger.info(
         "Memory, predicted: %.2f GB (Python and libraries %.2f, base %.2f, training %.2f: %d rows of up to %d tokens); "
         "%.1f GB are free",
-        *(size / 1e9 for size in (needed.total, needed.process, needed.weights, needed.training)),
+        *(size / 1e9 for size in (needed.total, needed.process, needed.stays, needed.training)),
         *(len(longest), longest[-1], there / 1e9),
     )
-    if needed.weights + needed.training <= there:
+    taken = needed.stays + needed.training
+    if needed.budget is not None and needed.process + needed.training > needed.budget:
+        logger.error(
+            "FAILED: with no weight in memory, a step takes %.2f GB, more than --memory_budget %s: raise it, or lower "
+            "--per_device_train_batch_size or --max_length",
+            *((needed.process + needed.training) / 1e9, configured.memory_budget),
+        )
+        return False
+    if taken <= there:
+        if configured.device.type == "cpu":
+            seconds = predict_seconds(configured, model, rows)
+            read = f", and {needed.reads / 1e9:.2f} GB of weights are read again in each" if needed.budget else ""
+            logger.info("Time, predicted: %.2f s a step%s", seconds, read)
         return True
+    hint = " or --memory_budget" if packed_file(configured.model_name, configured.unpack) else ""
     logger.error(
         "FAILED: %.1f GB are more than the %.1f GB that are free: a smaller --per_device_train_batch_size or "
-        "--max_length, --dtype bfloat16, or a smaller model",
-        *((needed.weights + needed.training) / 1e9, there / 1e9),
+        "--max_length, --dtype bfloat16%s, or a smaller model",
+        *(taken / 1e9, there / 1e9, hint),
     )
     return False
 

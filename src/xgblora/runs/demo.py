@@ -15,9 +15,10 @@ from xgblora.base.load import load_configured
 from xgblora.config import EMBEDDED_MODEL, flag
 from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import evaluate
+from xgblora.progress import quiet
 from xgblora.runs.experiment import ExperimentConfig, Result, experiment
 from xgblora.runs.folder import task_of
-from xgblora.runs.plan import SEARCHES, quiet
+from xgblora.runs.plan import SEARCHES
 from xgblora.runs.run_yaml import RUN_YAML, read_run_yaml
 from xgblora.tasks import encode, load_splits
 

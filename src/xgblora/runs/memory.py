@@ -1,7 +1,7 @@
-"""The memory that a training will take, before the model is loaded.
+"""What a training will take, before the model is loaded: memory, time, and bytes that are read.
 
-One step on the longest rows is really trained, on the first two and on the first three layers of the architecture with
-random weights; what the third layer adds, every further layer adds. Nothing about an architecture is assumed.
+Steps are really trained, on the first two layers and on a few more: those of a packed file, or of the architecture with
+random weights. What these add, every further layer adds. Nothing about an architecture is assumed.
 """
 
 import copy
@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,24 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from xgblora.adapters.adapters import attach
+from xgblora.base.cpu_layout import return_freed_memory
 from xgblora.base.load import packed_file
+from xgblora.base.load_packed import read_packed
 from xgblora.config import RunConfig, changed
 from xgblora.data.batch import Example
+from xgblora.progress import quiet
 from xgblora.training.trainer import Trainer
+
+TIMED_LAYERS = 6
+"""The more, the less a few slow milliseconds count."""
+
+TIMED_STEPS = 4
+TIMED_SECONDS = 3.0
+"""So many steps are timed at most, and no more after so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +50,28 @@ class Memory:
     """The base model as it is stored, in memory or in a mapped file."""
     training: int
     """Adapters, optimizer, and what one step computes of a batch."""
+    budget: int | None = None
+    """What ``--memory_budget`` allows for all of it."""
+
+    @property
+    def stays(self) -> int:
+        """Those of the weights that stay in memory."""
+        if self.budget is None:
+            return self.weights
+        return max(0, min(self.weights, self.budget - self.process - self.training))
+
+    @property
+    def reads(self) -> int:
+        """Those of the weights that every step reads again."""
+        return self.weights - self.stays
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.process + self.weights + self.training
+        return self.process + self.stays + self.training
 
 
+@quiet("xgblora")  # of steps that are thrown away nobody wants to hear
 def predict(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example]) -> Memory:
     """Predict the peak memory of a training by the options' or the text loss.
 
@@ -56,20 +83,35 @@ def predict(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example])
         model: The configuration of its model.
         rows: Its examples, of which the longest are taken.
     """
-    process = psutil.Process().memory_info().rss if config.device.type == "cpu" else 0
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(
-            model, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
-        )
-    tensors = itertools.chain(whole.parameters(), whole.buffers())
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if (file := packed_file(config.model_name, config.unpack)) is not None:
-        weights = file.stat().st_size
     longest = sorted(rows, key=lambda row: row.tokens)[-config.per_device_train_batch_size :]
-    # Not one: the lowest layer keeps less for the backward pass, as nothing before it is trained.
-    (made, two), (_, three) = (measure_training(config, _shortened(model, layers), longest) for layers in (2, 3))
     layers = model.get_text_config().num_hidden_layers
-    return Memory(process, weights, max(made, two + (layers - 2) * max(0, three - two)))
+    # Not one: the lowest layer keeps less for the backward pass, as nothing before it is trained.
+    few, more = (_shortened(model, min(count, layers)) for count in (2, 3))
+    if packed_file(config.model_name, config.unpack) is not None:
+        measure_training(config, few, longest)  # brings what unpacks weights, and a tile that all layers share
+        gc.collect()
+        return_freed_memory()
+    process = psutil.Process().memory_info().rss if config.device.type == "cpu" else 0
+    (made, two), (_, three) = (measure_training(config, architecture, longest) for architecture in (few, more))
+    training = max(made, two + max(0, layers - 2) * max(0, three - two))
+    return Memory(process, _stored(config, model), training, config.memory_bytes)
+
+
+@quiet("xgblora")
+def predict_seconds(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example]) -> float:
+    """Predict the seconds of a step, on the CPU and without waiting for the disk.
+
+    Args:
+        config: As for :func:`predict`, and so is ``model``.
+        rows: The run's examples. Some of all lengths are taken.
+    """
+    batch = config.per_device_train_batch_size
+    by_length = sorted(rows, key=lambda row: row.tokens)
+    usual = by_length[len(rows) // batch // 2 :: max(1, len(rows) // batch)][:batch]
+    layers = model.get_text_config().num_hidden_layers
+    few, most = (min(count, layers) for count in (2, TIMED_LAYERS))
+    quick, slow = (measure_seconds(config, _shortened(model, count), usual) for count in (few, most))
+    return quick + (layers - few) * max(0.0, slow - quick) / max(1, most - few)
 
 
 def free(device: torch.device) -> int:
@@ -77,6 +119,19 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def _stored(config: RunConfig, model: PreTrainedConfig) -> int:
+    """Bytes of the base model's weights."""
+    if (file := packed_file(config.model_name, config.unpack)) is not None:
+        return file.stat().st_size
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(
+            model, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
+        )
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in itertools.chain(whole.parameters(), whole.buffers())
+    )
 
 
 def _shortened(model: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -89,28 +144,63 @@ def _shortened(model: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return short
 
 
-def measure_training(config: RunConfig, architecture: PreTrainedConfig, rows: list[Example]) -> tuple[int, int]:
-    """Bytes at the peak, beside the base's weights: of what comes before a step, which no layer adds to, and of one."""
-    settings: dict[str, Any] = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "report_to": []}
+def _first_layers(config: RunConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """A model of these few layers: those of the packed file, else random ones."""
+    if (file := packed_file(config.model_name, config.unpack)) is not None:
+        model = read_packed(file, architecture, config.torch_dtype, first_layers=True)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
+        )
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _training(config: RunConfig, base: PreTrainedModel, rows: list[Example], steps: int) -> Iterator[Trainer]:
+    """A training of the base, of so many steps, that leaves nothing behind."""
+    settings: dict[str, Any] = {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "report_to": []}
     settings |= {"disable_tqdm": True, "torch_compile": False, "use_cpu": True, "xgblora_layers": 0}
     settings |= {"gradient_accumulation_steps": 1, "max_bad_steps": 9, "zo_eps": 1e-2}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        with _measured():  # torch counts as freed only what it has seen allocated: zo lays the weights out anew
-            base = (
-                AutoModelForCausalLM.from_config(
-                    architecture, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
-                )
-                .requires_grad_(False)
-                .eval()
-            )
+        adapters = attach(base, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora)
+        yield Trainer(base, changed(config, output_dir=folder, **settings), adapters, rows)
+
+
+def measure_seconds(config: RunConfig, architecture: PreTrainedConfig, rows: list[Example]) -> float:
+    """Seconds of the fastest of a few steps, but for the first."""
+    clock = _Clock()
+    with _training(config, _first_layers(config, architecture), rows, 1 + TIMED_STEPS) as trainer:
+        trainer.add_callback(clock)
+        trainer.train()
+    return min(clock.seconds[1:])
+
+
+class _Clock(TrainerCallback):
+    """Times steps, and ends a training whose steps are slow."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+        if len(self.seconds) > 1 and sum(self.seconds) > TIMED_SECONDS:
+            control.should_training_stop = True
+
+
+def measure_training(config: RunConfig, architecture: PreTrainedConfig, rows: list[Example]) -> tuple[int, int]:
+    """Bytes at the peak, beside the base's weights: of what comes before a step, which no layer adds to, and of one."""
+    with _measured():  # torch counts as freed only what it has seen allocated: zo lays the weights out anew
+        base = _first_layers(config, architecture)
+    with ExitStack() as stack:
         with _measured() as before:
-            adapters = attach(
-                base, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora
-            )
-            trainer = Trainer(base, changed(config, output_dir=folder, **settings), adapters, rows)
+            trainer = stack.enter_context(_training(config, base, rows, 1))
         with _measured() as step:
             trainer.train()
-        pairs = sum(p.numel() * p.element_size() for p in adapters.parameters())
+        pairs = sum(p.numel() * p.element_size() for p in trainer.adapters.parameters())
     return before[0], pairs + step[0]
 
 

@@ -4,8 +4,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from xgblora.adapters.boosters import Ledger
 from xgblora.config import RunConfig, banner, changed
 from xgblora.learn.evaluate import evaluate
 from xgblora.learn.schedule import resolve
+from xgblora.progress import quiet
 from xgblora.runs.run import attach_for
 from xgblora.runs.workspace import Workspace
 from xgblora.training.record import CurveRecorder, PeakMemory
@@ -105,18 +105,6 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
     fitted, taught = min(rows - searched, config.boost_fitted), min(rows - searched, config.boost_teacher_examples)
     forwarded = taught + searched + config.boost_boosters * (fitted + SEARCHES * searched)
     return forwarded, seconds * forwarded / max(examples, 1)
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Hold back what a logger says inside the block, but for warnings."""
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @quiet("xgblora")  # of steps that are thrown away nobody wants to hear
