@@ -1,5 +1,6 @@
 """Right, or refused in one line before work is wasted: models, rewards, adapters, flags, disks."""
 
+import importlib.util
 import json
 import shutil
 import struct
@@ -78,6 +79,13 @@ def test_ten_million_layers_are_refused_at_once(model_folder: Path, tmp_path: Pa
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 10_000_000}), encoding="utf-8")
     with pytest.raises(XgbloraError, match=f"num_hidden_layers is 10,000,000, more than {MOST_LAYERS:,}"):
         load_model(str(folder))
+
+
+def test_four_bits_need_their_library_and_a_folder(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else there(name))
+    assert 'needs bitsandbytes: pip install "xgblora[quantized]"' in refused("--load_4bit")
+    assert "is for a hub id or a folder" in refused("--load_4bit", "--model_name", "model.gguf")
 
 
 def gguf_string(text: bytes, length: int | None = None) -> bytes:
@@ -220,7 +228,7 @@ def test_a_rank_that_no_layer_has_is_refused_before_it_takes_memory(model_folder
         ("--adam_beta1 1.5 --optim adamw_torch", "--adam_beta1 must be"),
         ("--report_to nothing", "--report_to nothing is not known, or its package is not installed"),
         ("--report_to nonsense", "--report_to nonsense is not known"),
-        ("--optim adamw_bnb_8bit", "--optim adamw_bnb_8bit: You need to install `bitsandbytes`"),
+        ("--optim galore_adamw", "--optim galore_adamw: You need to install `galore_torch`"),
         ("--optim lomo", "--optim lomo: "),
         ("--optim_args foo=1 --optim adamw_torch", "--optim_args foo=1 has no effect with --optim adamw_torch"),
         ("--optim_args foo --optim adamw_torch", "--optim adamw_torch: "),

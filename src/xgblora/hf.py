@@ -61,8 +61,14 @@ if missing := differences():
 class HookedTrainer(transformers.Trainer):
     """transformers' Trainer with its private hooks under public names, for a subclass to override."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        # transformers trains a quantised model only where adapters are attached, and knows PEFT's alone.
+        attached = getattr(model, "_hf_peft_config_loaded", False)
+        model._hf_peft_config_loaded = True
+        try:
+            super().__init__(model, *args, **kwargs)
+        finally:
+            model._hf_peft_config_loaded = attached
         for callback in self.callback_handler.callbacks:
             if type(callback).__module__.startswith("transformers.integrations"):
                 name = type(callback).__name__.removesuffix("Callback")

@@ -88,6 +88,10 @@ def require_entries(folder: Path, entries: Mapping[str, Any], names: tuple[str, 
         raise XgbloraError(f"{folder} is of another version (no {', '.join(sorted(missing))})")
 
 
+PRECISION = ("base dtype", "base quantised")
+"""What a fingerprint says of the numbers of a base."""
+
+
 def require_match(stored: Stored, ours: Mapping[str, Any]) -> None:
     """Raise :class:`XgbloraError` where a stored adapter belongs to something else than ``ours``, a fingerprint.
 
@@ -95,8 +99,8 @@ def require_match(stored: Stored, ours: Mapping[str, Any]) -> None:
     """
     theirs = stored.fingerprint
     names = set(ours) - {"targets"}  # several spellings mean the same layers, which are compared one by one
-    if theirs.get("base dtype") != ours["base dtype"]:
-        names -= {"base dtype", "base weights"}
+    if any(theirs.get(name) != ours.get(name) for name in PRECISION):
+        names -= {*PRECISION, "base weights"}
     if theirs.get("task") is None or ours["task"] is None:
         names -= {"task"}
     different = ", ".join(

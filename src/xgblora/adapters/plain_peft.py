@@ -124,7 +124,7 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         twins[id(parameter)] = nn.Parameter(hollow(parameter), requires_grad=False)
     for module in model.modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) and (shape := linear_shape(module)):
+        if type(module) not in (nn.Linear, Conv1D) and (shape := linear_shape(module)):
             twins[id(module)] = plain = nn.Linear(*shape, bias=False, device="meta")
             plain.weight = nn.Parameter(hollow(plain.weight), requires_grad=False)
     return copy.deepcopy(model, twins)

