@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from conftest import ARCHITECTURES, examples
 from xgblora import Base, RunConfig
+from xgblora.base.load import read_in_place
 from xgblora.base.load_packed import read_packed
 from xgblora.cli import main
 from xgblora.runs import memory
@@ -66,11 +67,11 @@ def test_the_packed_files_own_layers_are_timed(
 ) -> None:
     read: list[int] = []
 
-    def counted(path: Path, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+    def counted(name: str, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         read.append(config.num_hidden_layers)
-        return read_packed(path, config, *args, **kwargs)
+        return read_in_place(name, config, *args, **kwargs)
 
-    monkeypatch.setattr(memory, "read_packed", counted)
+    monkeypatch.setattr(memory, "read_in_place", counted)
     config = LlamaConfig(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     path = tmp_path / "model.gguf"
     write_random_gguf(path, "llama", config, Kind.Q4_K)

@@ -491,7 +491,7 @@ def test_what_waits_gets_half_of_what_nothing_else_has(written: Written, monkeyp
     residency.stay = {0: 100}
     assert residency.left == 400  # weights make room
     assert Residency(1000, lambda: 1200).left == 0
-    file = PackedFile(written(), memory_budget=10**11)
+    file = PackedFile([written()], memory_budget=10**11)
     assert 0 < file.room <= 10**11 // 4
     monkeypatch.setattr(Residency, "left", 500)
     assert file.room == 250

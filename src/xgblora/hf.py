@@ -6,6 +6,7 @@ line, and not by a step that silently no longer happens.
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -204,6 +205,35 @@ class GgufNames:
     def collected(self) -> dict[str, np.ndarray]:
         """Weights of the model, by its names, that were made of several tensors of the file."""
         return {name: tensor.numpy() for name, tensor in self._collected["tensors"].items()}
+
+
+class FolderNames:
+    """Which weight of a model each tensor of a folder's files is: the one of the same name.
+
+    Args:
+        model: The model, its weights anywhere.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        prefix = f"{model.base_model_prefix}."
+        self.names: Mapping[str, str] = {name.removeprefix(prefix): name for name in weights} | {n: n for n in weights}
+        """{the file's name: the model's}."""
+        self._ignored = model._keys_to_ignore_on_load_unexpected or ()
+        self._buffers = {name for name, _ in model.named_buffers()}
+        self._parts = bool(model.config.sub_configs)
+
+    def may_be_left(self, name: str) -> bool:
+        """Whether transformers itself would read nothing from a tensor that is no weight of the model."""
+        return self._parts or name in self._buffers or any(re.search(pattern, name) for pattern in self._ignored)
+
+    def process(self, values: np.ndarray, name: str) -> tuple[str | None, np.ndarray]:
+        """The model's name for a tensor of the files, and its values, which are the model's."""
+        return self.names.get(name), values
+
+    def collected(self) -> dict[str, np.ndarray]:
+        """No weight is made of several tensors."""
+        return {}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a model's files say of themselves, checked before a reader believes it."""
 
 import hashlib
+import json
 import math
 import mmap
 import struct
@@ -14,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, one_line
 
 MOST_LAYERS = 2000
 """Layers of a model: ten times as many as the deepest one has."""
@@ -155,6 +156,37 @@ def _placed(name: str, shape: tuple[int, ...], number: int, offset: int, start: 
     if start + offset + length > size:
         raise XgbloraError(f"it is damaged or cut short: {name} leads out of the file")
     return StoredTensor(name, shape, kind, start + offset, length)
+
+
+SAFETENSORS_KINDS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
+
+
+def read_safetensors_header(path: Path) -> list[StoredTensor]:
+    """What a .safetensors file holds, and where; the safetensors package has looked at all offsets.
+
+    Raises:
+        XgbloraError: It is damaged, or holds a tensor of numbers that no weight is made of.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise XgbloraError(f"{path.name} is damaged: {one_line(error)}") from error
+    tensors = []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        if entry["dtype"] in SAFETENSORS_KINDS:
+            kind = SAFETENSORS_KINDS[entry["dtype"]]
+            tensors.append(StoredTensor(name, tuple(entry["shape"]), kind, 8 + length + first, last - first))
+        elif name.endswith("weight"):
+            known = ", ".join(SAFETENSORS_KINDS)
+            raise XgbloraError(f"its {name} is stored as {entry['dtype']}: --memory_budget reads {known} from a folder")
+    return tensors
 
 
 def other_shape(folder: Path, model: PreTrainedModel) -> str:

@@ -15,14 +15,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from xgblora.base.header import other_shape, read_gguf_header, require_few_layers
-from xgblora.base.load_packed import read_packed
+from xgblora.base.load_packed import read_mapped, read_packed
 from xgblora.base.wheels import SHIPPED, kept, shipped_file
 from xgblora.config import EMBEDDED_MODEL, RunConfig
 from xgblora.errors import XgbloraError, one_line
@@ -47,8 +50,8 @@ def load_model(
         trust_remote_code: Run Python code that a hub id or a folder holds.
         unpack: Unpack a .gguf file into memory. Otherwise its weights stay in the file, as they are packed, and each
             is unpacked right before its product. Either way to float32 first; cast afterwards.
-        memory_budget: Bytes that the process may have resident, on a GPU those of the GPU. Packed weights that do not
-            fit in it are read from the file at every use.
+        memory_budget: Bytes that the process may have resident, on a GPU those of the GPU. Weights that do not fit in
+            it are read from their file at every use.
         four_bit: Pack a folder's linear layers to NF4 (QLoRA, arXiv 2305.14314) as it is loaded. What is packed already
             stays so without it.
 
@@ -64,15 +67,15 @@ def load_model(
     """
     with _reading("model", name):
         path = gguf_file(name)
-        if path is None:
-            model, tokenizer = _read_folder(name, dtype, trust_remote_code, four_bit)
-        elif name == EMBEDDED_MODEL:
-            model, tokenizer = _read_folder(str(_converted(path)), dtype, four_bit=four_bit)
+        if path is not None and name != EMBEDDED_MODEL and unpack:
+            model, tokenizer = _read_unpacked(path, dtype), _read_part(AutoTokenizer, name)
+        elif mapped_files(name, unpack, memory_budget):
+            config = _read_part(AutoConfig, name, trust_remote_code)
+            model = read_in_place(name, config, dtype, memory_budget)
+            tokenizer = _read_part(AutoTokenizer, name, trust_remote_code)
         else:
-            stays = packed_file(name, unpack) is not None
-            config = _read_part(AutoConfig, name)
-            model = read_packed(path, config, dtype, memory_budget) if stays else _read_unpacked(path, dtype)
-            tokenizer = _read_part(AutoTokenizer, name)
+            folder = name if path is None else str(_converted(path))
+            model, tokenizer = _read_folder(folder, dtype, trust_remote_code, four_bit)
     model.config.name_or_path = name  # adapters say which base they belong to: no folder of this machine
     model.requires_grad_(False)
     # Tensors mapped from a file keep all of it in memory while one of them lives: copies are freed one by one.
@@ -112,9 +115,63 @@ def gguf_file(name: str) -> Path | None:
     return Path(name) if Path(name).suffix.lower() == ".gguf" else None
 
 
-def packed_file(name: str, unpack: bool = False) -> Path | None:
-    """The file that a model's weights stay in, packed; None where they are in memory. The embedded model is small."""
-    return None if unpack or name == EMBEDDED_MODEL else gguf_file(name)
+def mapped_files(name: str, unpack: bool = False, memory_budget: int | None = None) -> list[Path]:
+    """The files that a model's weights stay in; none where they are in memory.
+
+    A .gguf file's stay packed. The embedded model is small, and a folder's numbers are as they are multiplied: those
+    stay in their files where memory is short. Raises :class:`XgbloraError` where they cannot.
+    """
+    path = gguf_file(name)
+    if unpack or (memory_budget is None and (path is None or name == EMBEDDED_MODEL)):
+        return []
+    if path is not None and name != EMBEDDED_MODEL:
+        return [path]
+    return _safetensors(name if path is None else str(_converted(path)))
+
+
+def read_in_place(
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    memory_budget: int | None = None,
+    first_layers: bool = False,
+) -> PreTrainedModel:
+    """Build a model on the files that its weights stay in, :func:`mapped_files`.
+
+    Args:
+        name: The model's.
+        config: Its configuration.
+        dtype: Of products.
+        memory_budget: As for :func:`load_model`.
+        first_layers: ``config`` has fewer layers than the files, of which the first ones are taken.
+
+    Raises:
+        XgbloraError: As :func:`load_model` does.
+    """
+    files = mapped_files(name, memory_budget=memory_budget)
+    if files[0].suffix.lower() == ".gguf":
+        return read_packed(files[0], config, dtype, memory_budget, first_layers)
+    model = read_mapped(files, config, dtype, memory_budget, first_layers)
+    with contextlib.suppress(OSError):  # not every folder says how its model writes
+        model.generation_config = GenerationConfig.from_pretrained(files[0].parent)
+    return model
+
+
+def _safetensors(name: str) -> list[Path]:
+    """The files of a folder, or of the hub, that hold a model's weights.
+
+    Raises :class:`XgbloraError` where there are none, or weights are packed in a way of another library.
+    """
+    settings, _ = PreTrainedConfig.get_config_dict(name)
+    require_few_layers(settings)
+    if method := (settings.get("quantization_config") or {}).get("quant_method"):
+        raise XgbloraError(f"its weights are packed by {method}, and cannot stay in their files: no --memory_budget")
+    with contextlib.suppress(OSError):
+        files, _ = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))
+        return [Path(file) for file in files]
+    with contextlib.suppress(OSError):
+        return [Path(cached_file(name, SAFE_WEIGHTS_NAME))]
+    raise XgbloraError("it holds no .safetensors files, which weights can stay in: no --memory_budget")
 
 
 def _read_part(reader: Any, name: str, trusted: bool = False) -> Any:

@@ -1,8 +1,10 @@
-"""A .gguf file as a model whose weights stay in the file."""
+"""A .gguf file, or a folder, as a model whose weights stay in their file."""
 
 import logging
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from xgblora import hf
-from xgblora.base.header import StoredTensor, read_gguf_header
+from xgblora.base.header import StoredTensor, read_gguf_header, read_safetensors_header
 from xgblora.base.packed import PackedEmbedding, PackedLinear, PackedWeight
 from xgblora.base.packed_file import PackedFile
 from xgblora.base.unpack import KINDS, unpack
@@ -51,16 +53,54 @@ def read_packed(
         if stored.kind not in KINDS:
             known = ", ".join(kind.name for kind in KINDS)
             raise XgbloraError(f"its {stored.name} is packed as {stored.kind.name}, and only {known} are known")
-    with hf.hollow():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # hollow weights are made anew, one by one
-    names = hf.GgufNames(model, header.architecture)
-    filling = _Filling(model, names, PackedFile(path, memory_budget))
+    model = _hollow(config, dtype)
+    filling = _Filling(model, hf.GgufNames(model, header.architecture), PackedFile([path], memory_budget))
     layers = config.get_text_config().num_hidden_layers
     for stored in header.tensors:
         if not (first_layers and (layer := BLOCK.match(stored.name)) and int(layer[1]) >= layers):
             filling.put(stored)
     filling.finish()
+    return model
+
+
+def read_mapped(
+    files: Sequence[Path],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    memory_budget: int | None = None,
+    first_layers: bool = False,
+) -> PreTrainedModel:
+    """Build the model of a folder's .safetensors files on their mapped bytes, as :func:`read_packed` does of a .gguf.
+
+    Args:
+        files: All of them.
+        config: As for :func:`read_packed`, and so are the others.
+
+    Raises:
+        XgbloraError: A file is damaged, or the files' weights are not the model's, by name and shape.
+    """
+    model = _hollow(config, dtype)
+    file = PackedFile(files, memory_budget)
+    names = hf.FolderNames(model)
+    filling = _Filling(model, names, file)
+    for path, start in zip(files, file.starts, strict=True):
+        for stored in read_safetensors_header(path):
+            if stored.name in names.names:
+                filling.put(replace(stored, start=start + stored.start))
+            elif not first_layers and not names.may_be_left(stored.name):
+                raise XgbloraError(
+                    f"{path.name} holds {stored.name}, for which the model has another place or none: --memory_budget "
+                    "reads files that name every weight as the model does, so leave it out"
+                )
+    filling.finish()
+    return model
+
+
+def _hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose weights are still to come."""
+    with hf.hollow():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # hollow weights are made anew, one by one
     return model
 
 
@@ -71,7 +111,7 @@ def _row_bytes(stored: StoredTensor) -> int:
 class _Filling:
     """Puts the tensors of a file into a hollow model, one by one."""
 
-    def __init__(self, model: PreTrainedModel, names: hf.GgufNames, file: PackedFile) -> None:
+    def __init__(self, model: PreTrainedModel, names: hf.GgufNames | hf.FolderNames, file: PackedFile) -> None:
         self.model, self.names, self.file, self.dtype = model, names, file, model.dtype
         self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
         shared: dict[int, list[str]] = {}
@@ -79,23 +119,30 @@ class _Filling:
             shared.setdefault(id(weight), []).append(name)
         self.twins = {name: names for names in shared.values() for name in names}
         """{weight: all names of it}: a tied head is the table of embeddings."""
+        self.filled: set[str] = set()
+        self.words = model.get_input_embeddings()
+        """Looked up by token ids, whatever its class makes of a row; other tables may be asked in ways of their own."""
         self.packed = self.unpacked = 0
 
     def put(self, stored: StoredTensor) -> None:
         """Fill the place of one tensor."""
-        rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
         target = self.names.names.get(stored.name, "")
+        if target in self.filled:  # a file may hold a tied head twice
+            return
         if target in self.shapes and self._can_stay_packed(target):
             order = self._order(stored, target)
             if order is not None:
                 self._require_shape(stored.shape, target)
                 shape = stored.shape[0], stored.shape[1]
                 mapped = self.file, stored.start, stored.size
+                rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
                 weight = PackedWeight(rows, stored.kind, shape, self.dtype, order, mapped)
                 for name in self.twins[target]:
                     self._stand_in(name.removesuffix(".weight"), weight)
+                self.filled.update(self.twins[target])
                 self.packed += stored.size
                 return
+        rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
         values = torch.empty(len(rows), stored.shape[-1])
         unpack(rows, stored.kind, torch.arange(len(rows), dtype=torch.int32), values)
         place, made = self.names.process(values.numpy().reshape(stored.shape), stored.name)
@@ -110,12 +157,13 @@ class _Filling:
         if empty:
             more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
             raise XgbloraError(f"its file lacks {empty[0]}{more}")
-        logger.info("%.0f MB stay packed, %.1f MB are unpacked", self.packed / 1e6, self.unpacked / 1e6)
+        stay = "stay packed" if isinstance(self.names, hf.GgufNames) else "stay in their files"
+        logger.info("%.0f MB %s, %.1f MB are unpacked", self.packed / 1e6, stay, self.unpacked / 1e6)
 
     def _can_stay_packed(self, target: str) -> bool:
         modules = [self.model.get_submodule(name.rpartition(".")[0]) for name in self.twins[target]]
         return all(
-            name.endswith(".weight") and (type(module) is nn.Linear or isinstance(module, nn.Embedding))
+            name.endswith(".weight") and (type(module) in (nn.Linear, nn.Embedding) or module is self.words)
             for name, module in zip(self.twins[target], modules, strict=True)
         )
 

@@ -1,9 +1,11 @@
-"""The bytes of a .gguf file, mapped into memory, and how many of them may stay there."""
+"""The bytes of files of weights, mapped into memory, and how many of them may stay there."""
 
+import bisect
+import itertools
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,34 +18,18 @@ from xgblora.base.residency import Residency
 from xgblora.errors import XgbloraError
 
 
-class PackedFile:
-    """A file that stays mapped for as long as its weights are used.
+class _Mapped:
+    """One file, mapped read-only."""
 
-    Mapped bytes take no memory of their own: the system keeps them once for all processes. Without a budget they stay
-    for as long as the system lets them.
-
-    Args:
-        path: The file. It is never written to, and must not change.
-        memory_budget: Bytes that this process may have resident, on a GPU those of the GPU. Weights that do not fit
-            in beside what a forward needs are let go after every use and read again, while another one computes; the
-            others stay.
-    """
-
-    def __init__(self, path: Path, memory_budget: int | None = None) -> None:
-        self.path, self.budget = path, memory_budget
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = path.open("rb", buffering=0)
         self._state = self._now()
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.size = self._state[0]
+        self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():  # torch would rather have bytes that it may write to
             warnings.simplefilter("ignore", UserWarning)
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        process = psutil.Process()
-        self.size = path.stat().st_size
-        self.read_bytes = 0
-        """Bytes of weights that were read without having stayed in memory, with a budget."""
-        self._held: dict[int, tuple[int, float]] | None = None
-        self._ferries: dict[torch.device, Ferry] = {}
-        self._residency = None if memory_budget is None else Residency(memory_budget, lambda: process.memory_info().rss)
+            self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
 
     def _now(self) -> tuple[int, int]:
         state = os.fstat(self._file.fileno())
@@ -54,11 +40,49 @@ class PackedFile:
         if self._now() != self._state:
             raise XgbloraError(f"{self.path} changed while it was in use: its weights are no longer what they were")
 
+
+class PackedFile:
+    """Files of weights that stay mapped for as long as they are used; several count as one behind the other.
+
+    Mapped bytes take no memory of their own: the system keeps them once for all processes. Without a budget they stay
+    for as long as the system lets them.
+
+    Args:
+        paths: The files. They are never written to, and must not change.
+        memory_budget: Bytes that this process may have resident, on a GPU those of the GPU. Weights that do not fit
+            in beside what a forward needs are let go after every use and read again, while another one computes; the
+            others stay.
+    """
+
+    def __init__(self, paths: Sequence[Path], memory_budget: int | None = None) -> None:
+        self.budget = memory_budget
+        self._files = [_Mapped(path) for path in paths]
+        self.starts = list(itertools.accumulate((file.size for file in self._files[:-1]), initial=0))
+        """The first byte of each file."""
+        self.size = sum(file.size for file in self._files)
+        process = psutil.Process()
+        self.read_bytes = 0
+        """Bytes of weights that were read without having stayed in memory, with a budget."""
+        self._held: dict[int, tuple[int, float]] | None = None
+        self._ferries: dict[torch.device, Ferry] = {}
+        self._residency = None if memory_budget is None else Residency(memory_budget, lambda: process.memory_info().rss)
+
+    def _at(self, start: int) -> tuple[_Mapped, int]:
+        """The file that a byte is in, and its place there."""
+        number = bisect.bisect_right(self.starts, start) - 1
+        return self._files[number], start - self.starts[number]
+
+    def require_unchanged(self) -> None:
+        """Raise :class:`XgbloraError` where somebody wrote to one of the files since it was opened."""
+        for file in self._files:
+            file.require_unchanged()
+
     def bytes(self, start: int, size: int, device: torch.device | None = None) -> Tensor:
         """``size`` bytes from ``start`` on (size,) uint8, in the file itself; on a GPU a copy, until they were used."""
         if device is not None and device.type != "cpu":
             return self._ferry(device).bytes(start, size)
-        return self._bytes[start : start + size]
+        file, place = self._at(start)
+        return file.bytes[place : place + size]
 
     @property
     def room(self) -> int:
@@ -141,7 +165,8 @@ class PackedFile:
 
     def _advise(self, advice: str, start: int, size: int) -> None:
         """Tell the system what comes of some bytes; Windows decides by itself."""
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: neighbours share the others
-        length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        file, place = self._at(start)
+        first = -(-place // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: neighbours share the others
+        length = (place + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0 and (option := getattr(mmap, advice, None)) is not None:
-            self._map.madvise(option, first, length)
+            file.map.madvise(option, first, length)

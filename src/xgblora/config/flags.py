@@ -36,15 +36,28 @@ def is_gguf(name: str) -> bool:
     return name == PACKED_MODEL or name.lower().endswith(".gguf")
 
 
+def is_size(text: str) -> bool:
+    """Whether a text is a size of memory."""
+    return bool(re.fullmatch(r"\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE))
+
+
+def bytes_of(size: str) -> int:
+    """A size of memory in bytes.
+
+    Example:
+        >>> bytes_of("1.5 GB")
+        1500000000
+    """
+    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
+    return int(float(number) * {"MB": 1e6, "GB": 1e9}[unit])
+
+
 PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
-STAYS_PACKED = Needs(
-    lambda c: is_gguf(c.model_name) and not c.unpack,
-    "is for a --model_name that is a .gguf file and stays packed",
+STAYS = Needs(
+    lambda c: not (c.unpack or c.load_4bit), "leaves weights in their file: leave out --unpack or --load_4bit"
 )
 UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a folder: a .gguf file is packed already")
-SIZE = Check(
-    lambda text: bool(re.fullmatch(r"\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE)), "a size like 3GB or 800MB"
-)
+SIZE = Check(is_size, "a size like 3GB or 800MB")
 TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
 ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
 BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
@@ -82,10 +95,10 @@ class Flags(TrainingArguments):
     )
     memory_budget: str | None = flag(
         None,
-        "Memory that the process may take, as 3GB or 800MB. Packed weights that do not fit in it are read from the "
-        "file at every use; the others stay.",
+        "Memory that the process may take, as 3GB or 800MB. Weights that do not fit in it are read from their file "
+        "(.gguf or .safetensors) at every use; the others stay.",
         SIZE,
-        STAYS_PACKED,
+        STAYS,
         identity=False,
     )
     load_4bit: bool = flag(

@@ -13,7 +13,7 @@ from xgblora import hf
 from xgblora.config import precision
 from xgblora.config.describe import warn_rank
 from xgblora.config.flag import default_of
-from xgblora.config.flags import Flags
+from xgblora.config.flags import Flags, bytes_of
 from xgblora.config.rules import check
 from xgblora.errors import XgbloraError, one_line
 
@@ -154,10 +154,7 @@ class RunConfig(Flags):
     @property
     def memory_bytes(self) -> int | None:
         """``memory_budget`` in bytes."""
-        if self.memory_budget is None:
-            return None
-        number, unit = self.memory_budget.strip()[:-2], self.memory_budget.strip()[-2:].upper()
-        return int(float(number) * {"MB": 1e6, "GB": 1e9}[unit])
+        return None if self.memory_budget is None else bytes_of(self.memory_budget)
 
     @property
     def boost_fitted(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base
 from xgblora.base.architecture import context_length
-from xgblora.base.load import load_configured, load_model_config, load_tokenizer, packed_file, tiny_model
+from xgblora.base.load import load_configured, load_model_config, load_tokenizer, tiny_model
 from xgblora.config import EMBEDDED_MODEL, RunConfig, flag
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
@@ -145,7 +145,7 @@ def _fits(config: CheckConfig, configured: RunConfig) -> bool:
             read = f", and {needed.reads / 1e9:.2f} GB of weights are read again in each" if needed.budget else ""
             logger.info("Time, predicted: %.2f s a step%s", seconds, read)
         return True
-    hint = " or --memory_budget" if packed_file(configured.model_name, configured.unpack) else ""
+    hint = "" if configured.unpack or configured.load_4bit else ", --memory_budget"
     logger.error(
         "FAILED: %.1f GB are more than the %.1f GB that are free: a smaller --per_device_train_batch_size or "
         "--max_length, --dtype bfloat16%s, or a smaller model",

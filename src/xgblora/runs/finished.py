@@ -7,7 +7,7 @@ from typing import Any
 from xgblora.adapters.boosters import Ledger, load_adapters
 from xgblora.adapters.files import LEDGER, TASK
 from xgblora.base import Base, load_model
-from xgblora.config import RunConfig, flag, of_settings
+from xgblora.config import RunConfig, bytes_of, flag, is_size, of_settings
 from xgblora.errors import XgbloraError, naming
 from xgblora.files import read_json, verify
 from xgblora.learn.predictor import Predictor
@@ -27,8 +27,11 @@ class UseConfig:
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model.")
     batch_size: int = flag(16, "Rows scored at once, of average length.")
     use_cpu: bool = flag(False, "Leave a GPU alone.")
+    memory_budget: str | None = flag(None, "Memory that the process may take, as 3GB (docs/base_models.md).")
 
     def __post_init__(self) -> None:
+        if self.memory_budget is not None and not is_size(self.memory_budget):
+            raise XgbloraError(f"--memory_budget must be a size like 3GB or 800MB, got {self.memory_budget}")
         if self.batch_size < 1:
             raise XgbloraError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.boosters is not None and self.boosters < 0:
@@ -113,8 +116,13 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
         raise XgbloraError(f"{run.folder} has {count} boosters: --boosters takes 0 to {count}, got {config.boosters}")
     name = config.model_name or run.model_name
     settings = RunConfig(output_dir=str(run.folder), use_cpu=config.use_cpu, dtype=run.dtype)  # type: ignore[arg-type]
-    four_bit = bool(run.settings.get("load_4bit"))
-    model, tokenizer = load_model(name, settings.torch_dtype, config.trust_remote_code, four_bit=four_bit)
+    model, tokenizer = load_model(
+        name,
+        settings.torch_dtype,
+        config.trust_remote_code,
+        memory_budget=None if config.memory_budget is None else bytes_of(config.memory_budget),
+        four_bit=bool(run.settings.get("load_4bit")),
+    )
     base = Base(model.to(settings.device))
     ledger = load_adapters(base, run.adapter)
     if config.boosters is not None:

@@ -1,7 +1,7 @@
 """What a training will take, before the model is loaded: memory, time, and bytes that are read.
 
-Steps are really trained, on the first two layers and on a few more: those of a packed file, or of the architecture with
-random weights. What these add, every further layer adds. Nothing about an architecture is assumed.
+Steps are really trained, on the first two layers and on a few more: those of the files that weights stay in, or of the
+architecture with random weights. What these add, every further layer adds. Nothing about an architecture is assumed.
 """
 
 import copy
@@ -25,12 +25,14 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from xgblora.adapters.adapters import attach
 from xgblora.base.cpu_layout import return_freed_memory
-from xgblora.base.load import packed_file
-from xgblora.base.load_packed import read_packed
+from xgblora.base.load import mapped_files, read_in_place
 from xgblora.config import RunConfig, changed
 from xgblora.data.batch import Example
 from xgblora.progress import quiet
 from xgblora.training.trainer import Trainer
+
+FREE = 2**62
+"""A memory budget that keeps every weight."""
 
 TIMED_LAYERS = 6
 """The more, the less a few slow milliseconds count."""
@@ -87,7 +89,7 @@ def predict(config: RunConfig, model: PreTrainedConfig, rows: Sequence[Example])
     layers = model.get_text_config().num_hidden_layers
     # Not one: the lowest layer keeps less for the backward pass, as nothing before it is trained.
     few, more = (_shortened(model, min(count, layers)) for count in (2, 3))
-    if packed_file(config.model_name, config.unpack) is not None:
+    if mapped_files(config.model_name, config.unpack, config.memory_bytes):
         measure_training(config, few, longest)  # brings what unpacks weights, and a tile that all layers share
         gc.collect()
         return_freed_memory()
@@ -123,8 +125,8 @@ def free(device: torch.device) -> int:
 
 def _stored(config: RunConfig, model: PreTrainedConfig) -> int:
     """Bytes of the base model's weights."""
-    if (file := packed_file(config.model_name, config.unpack)) is not None:
-        return file.stat().st_size
+    if files := mapped_files(config.model_name, config.unpack, config.memory_bytes):
+        return sum(file.stat().st_size for file in files)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(
             model, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
@@ -145,9 +147,10 @@ def _shortened(model: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def _first_layers(config: RunConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
-    """A model of these few layers: those of the packed file, else random ones."""
-    if (file := packed_file(config.model_name, config.unpack)) is not None:
-        model = read_packed(file, architecture, config.torch_dtype, first_layers=True)
+    """A model of these few layers: those of the files that weights stay in, else random ones."""
+    if mapped_files(config.model_name, config.unpack, config.memory_bytes):
+        budget = None if config.memory_bytes is None else FREE
+        model = read_in_place(config.model_name, architecture, config.torch_dtype, budget, first_layers=True)
     else:
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code

@@ -1,0 +1,152 @@
+"""Folders of Hugging Face whose weights stay in their files: the numbers of those that are loaded."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
+
+from conftest import ARCHITECTURES, Run, build, byte_tokenizer, examples
+from xgblora import Base, XgbloraError
+from xgblora.base.load import load_model
+from xgblora.base.packed import PackedEmbedding, PackedLinear, budgeted_file
+
+PLENTY = 10**11
+LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def saved(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    build(config).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def require_same(folder: Path, dtype: torch.dtype) -> None:
+    """Loaded and left in its files, a model gives the same states, logits and fingerprint."""
+    shown = []
+    for budget in (None, PLENTY):
+        model, _ = load_model(str(folder), dtype, memory_budget=budget)
+        base = Base(model)
+        batches = [base.batch(examples(6, seed=seed)) for seed in range(3)]
+        with torch.no_grad():
+            hidden = torch.cat(list(base.hidden(batches)))
+            shown.append((hidden, base.logits(hidden), base.fingerprint(), model.generation_config.to_dict()))
+    assert budgeted_file(model) is not None
+    (loaded, logits, fingerprint, writing), (streamed, its_logits, its_fingerprint, its_writing) = shown
+    assert torch.equal(loaded, streamed)
+    assert torch.equal(logits, its_logits)
+    assert fingerprint == its_fingerprint
+    assert writing == its_writing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_architecture_is_what_it_is_when_it_is_loaded(
+    architecture: PreTrainedConfig, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    require_same(saved(tmp_path, architecture), dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_several_files(stored: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    config = LlamaConfig(**LLAMA, vocab_size=300, tie_word_embeddings=tied)
+    folder = saved(tmp_path, config, stored, shard="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    require_same(folder, torch.float32)
+    model, _ = load_model(str(folder), memory_budget=PLENTY)
+    assert isinstance(model.model.embed_tokens, PackedEmbedding)
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 3 * 7 + 1
+
+
+def test_names_without_the_models_prefix(tmp_path: Path) -> None:
+    folder = saved(tmp_path, ARCHITECTURES["gpt2"])
+    weights = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    assert bare.keys() != weights.keys()
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    require_same(folder, torch.float32)
+
+
+def test_a_tied_head_that_is_stored_twice(tmp_path: Path) -> None:
+    folder = saved(tmp_path, LlamaConfig(**LLAMA, vocab_size=300, tie_word_embeddings=True))
+    weights = load_file(folder / "model.safetensors")
+    twice = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
+    require_same(folder, torch.float32)
+
+
+def test_a_run_from_files_is_the_run_from_memory(small: list[str], tmp_path: Path, run: Run) -> None:
+    for method in ("--lora true --max_steps 6 --eval_steps 3", "--recipe boost --lora_target_modules out_proj"):
+        made = []
+        for name, flags in {"memory": [], "files": ["--memory_budget", "60GB"]}.items():
+            folder = tmp_path / name
+            code, _, err = run(
+                "train", *small, *method.split(), *flags, "--overwrite_output_dir", "--output_dir", folder
+            )
+            assert code == 0, err
+            made.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+        assert made[0] == made[1]
+    answers = [
+        run("predict", tmp_path / "files", "a warm film", "--format", "jsonl", *flags)[1]
+        for flags in ([], ["--memory_budget", "60GB"])
+    ]
+    assert answers[0] == answers[1] != ""
+
+
+def damaged(folder: Path, change: Callable[[Path], object]) -> Path:
+    change(folder / "model.safetensors")
+    return folder
+
+
+def test_what_cannot_be_streamed_is_refused_in_one_line(model_folder: Path, tmp_path: Path) -> None:
+    def refusal(folder: Path) -> str:
+        with pytest.raises(XgbloraError) as error:
+            load_model(str(folder), memory_budget=PLENTY)
+        assert str(folder) in str(error.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def copied(name: str) -> Path:
+        shutil.copytree(model_folder, tmp_path / name)
+        return tmp_path / name
+
+    folder = copied("bin")
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "it holds no .safetensors files" in refusal(folder)
+
+    folder = copied("cut")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    assert "model.safetensors is damaged" in refusal(folder)
+
+    folder = copied("odd")
+    save_file(weights | {"odd": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "holds odd, for which the model has another place or none" in refusal(folder)
+
+    folder = copied("lacking")
+    (first, *_), rest = sorted(weights), dict(weights)
+    del rest[first]
+    save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"its file lacks {first}" in refusal(folder)
+
+    folder = copied("shape")
+    save_file(weights | {first: torch.zeros(3, 4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "is (3, 4) there" in refusal(folder)
+
+    folder = copied("whole numbers")
+    as_bytes = weights | {next(n for n in weights if "q_proj.weight" in n): torch.zeros(4, 4, dtype=torch.int8)}
+    save_file(as_bytes, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "is stored as I8" in refusal(folder)
+
+
+def test_weights_under_other_names_are_refused_by_name(tmp_path: Path) -> None:
+    sizes = LLAMA | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    folder = saved(tmp_path, MixtralConfig(**sizes, vocab_size=300))
+    AutoModelForCausalLM.from_pretrained(folder)  # which puts them together
+    with pytest.raises(XgbloraError, match=r"experts.* for which the model has another place or none"):
+        load_model(str(folder), memory_budget=PLENTY)
