@@ -131,6 +131,7 @@ ELSEWHERE: dict[str, str] = {
     "trust_remote_code": "test_cli.py: test_a_models_own_code_runs_only_where_it_is_trusted",
     "lora": "test_cli.py: says the default, as the documented commands do",
     "objective": "test_rewards.py: follows from --reward, and is refused without it",
+    "load_8bit": "test_streamed_folder.py: test_from_eight_bits_to_an_answer",
     "load_4bit": "test_quantised.py: test_from_four_bits_to_an_answer",
     "unpack": "test_packed.py: test_from_a_file_to_an_answer",
     "memory_budget": "test_packed.py: test_a_budget_lets_go_of_weights",

@@ -69,7 +69,7 @@ def test_from_four_bits_to_an_answer(
 
 
 def test_one_base_has_one_fingerprint_however_it_was_packed(folder: Path, packed_folder: Path) -> None:
-    now = Base(load_model(str(folder), four_bit=True)[0]).fingerprint()
+    now = Base(load_model(str(folder), bits=4)[0]).fingerprint()
     before = Base(load_model(str(packed_folder))[0]).fingerprint()
     whole = Base(load_model(str(folder))[0]).fingerprint()
     assert now == before

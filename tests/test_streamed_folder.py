@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
@@ -150,3 +152,55 @@ def test_weights_under_other_names_are_refused_by_name(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder)  # which puts them together
     with pytest.raises(XgbloraError, match=r"experts.* for which the model has another place or none"):
         load_model(str(folder), memory_budget=PLENTY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eight_bits_are_ggufs(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Linear layers but the head are rounded as the gguf package rounds; all else is as it was."""
+    folder = saved(tmp_path, LlamaConfig(**LLAMA, vocab_size=300, tie_word_embeddings=False))
+    model, _ = load_model(str(folder), dtype, bits=8)
+    weights = load_file(folder / "model.safetensors")
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for name in packed:
+        expected = weights[f"{name}.weight"]
+        if name != "lm_head":
+            expected = torch.from_numpy(quants.dequantize(quants.quantize(expected.numpy(), Kind.Q8_0), Kind.Q8_0))
+            assert not torch.equal(expected, weights[f"{name}.weight"])
+        assert torch.equal(model.get_submodule(name).weight[:], expected.to(dtype))
+    assert len(packed) == 3 * 7 + 1
+    assert torch.equal(model.model.embed_tokens.weight[:], weights["model.embed_tokens.weight"].to(dtype))
+    whole, _ = load_model(str(folder), dtype)
+    assert Base(model).fingerprint()["quantised"] == "8 bits"
+    assert Base(model).fingerprint()["weights"] != Base(whole).fingerprint()["weights"]
+    with torch.no_grad():
+        batch = Base(model).batch(examples(6))
+        (hidden,), (expected,) = Base(model).hidden([batch]), Base(whole).hidden([batch])
+    assert 0 < (hidden - expected).norm() / expected.norm() < 0.05
+
+
+def test_from_eight_bits_to_an_answer(tmp_path: Path, data_folder: Path, run: Run) -> None:
+    folder = saved(
+        tmp_path / "llama", LlamaConfig(**LLAMA, vocab_size=len(byte_tokenizer()), max_position_embeddings=128)
+    )
+    flags = "--num_train 40 --num_dev 10 --num_eval 20 --disable_tqdm true --use_cpu true --task_name SST2 --data_dir "
+    command = ["train", *f"{flags}{data_folder.as_posix()} --lora true --max_steps 4 --save_steps 2".split()]
+    losses = []
+    for name, more in {"whole": [], "packed": ["--load_8bit"]}.items():
+        code, _, err = run(*command, "--model_name", folder, "--output_dir", tmp_path / name, *more)
+        assert code == 0, err
+        losses.append((tmp_path / name / "training_loss.jsonl").read_text(encoding="utf-8"))
+    assert losses[0] != losses[1]
+    shutil.copytree(tmp_path / "packed", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "adapter")
+    (tmp_path / "again" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    code, _, err = run(*command, "--model_name", folder, "--output_dir", tmp_path / "again", "--load_8bit")
+    assert code == 0, err
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("packed", "again")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    code, out, err = run("predict", tmp_path / "packed", "a warm film", "--format", "jsonl", "--use_cpu")
+    assert code == 0, err
+    assert out != run("predict", tmp_path / "whole", "a warm film", "--format", "jsonl", "--use_cpu")[1]
+    for form in ("peft", "merged"):
+        assert run("export", tmp_path / "packed", "--format", form, "--output", tmp_path / form)[0] == 0
+    assert run("train", "--load_8bit", "--load_4bit", "--output_dir", tmp_path / "both")[0] == 2

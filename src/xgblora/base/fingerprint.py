@@ -27,7 +27,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         digest.update(_sampled(weight).view(torch.uint8).numpy().tobytes())
         dtype = dtype or str(weight.dtype).removeprefix("torch.")
     config = model.config.get_text_config()
-    packing = getattr(model.config, "quantization_config", None)
+    packing = _packing(model)
     return {
         "architecture": type(model).__name__,
         "layers": config.num_hidden_layers,
@@ -35,7 +35,16 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "dtype": dtype,
         "weights": digest.hexdigest(),
-    } | ({} if packing is None else {"quantised": str(getattr(packing.quant_method, "value", packing.quant_method))})
+    } | ({} if packing is None else {"quantised": packing})
+
+
+def _packing(model: PreTrainedModel) -> str | None:
+    """What rounded the numbers of the model's own files; None where nothing did."""
+    if any(isinstance(module, PackedLinear) and module.weight.rounded for module in model.modules()):
+        return "8 bits"
+    if (config := getattr(model.config, "quantization_config", None)) is None:
+        return None
+    return str(getattr(config.quant_method, "value", config.quant_method))
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | PackedWeight]]:

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -40,7 +40,7 @@ def load_model(
     trust_remote_code: bool = False,
     unpack: bool = False,
     memory_budget: int | None = None,
-    four_bit: bool = False,
+    bits: Literal[4, 8] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model for adaptation.
 
@@ -52,8 +52,8 @@ def load_model(
             is unpacked right before its product. Either way to float32 first; cast afterwards.
         memory_budget: Bytes that the process may have resident, on a GPU those of the GPU. Weights that do not fit in
             it are read from their file at every use.
-        four_bit: Pack a folder's linear layers to NF4 (QLoRA, arXiv 2305.14314) as it is loaded. What is packed already
-            stays so without it.
+        bits: Pack a folder's linear layers as it is loaded: 4 to NF4 (QLoRA, arXiv 2305.14314), 8 to GGUF's Q8_0. What
+            is packed already stays so without it.
 
     Returns:
         The model, frozen, in eval mode, on the CPU; and its tokenizer.
@@ -69,13 +69,13 @@ def load_model(
         path = gguf_file(name)
         if path is not None and name != EMBEDDED_MODEL and unpack:
             model, tokenizer = _read_unpacked(path, dtype), _read_part(AutoTokenizer, name)
-        elif mapped_files(name, unpack, memory_budget):
+        elif bits == 8 or mapped_files(name, unpack, memory_budget):
             config = _read_part(AutoConfig, name, trust_remote_code)
-            model = read_in_place(name, config, dtype, memory_budget)
+            model = read_in_place(name, config, dtype, memory_budget, eight_bit=bits == 8)
             tokenizer = _read_part(AutoTokenizer, name, trust_remote_code)
         else:
             folder = name if path is None else str(_converted(path))
-            model, tokenizer = _read_folder(folder, dtype, trust_remote_code, four_bit)
+            model, tokenizer = _read_folder(folder, dtype, trust_remote_code, four_bit=bits == 4)
     model.config.name_or_path = name  # adapters say which base they belong to: no folder of this machine
     model.requires_grad_(False)
     # Tensors mapped from a file keep all of it in memory while one of them lives: copies are freed one by one.
@@ -92,7 +92,7 @@ def load_configured(config: RunConfig) -> tuple[PreTrainedModel, Tokenizer]:
         config.trust_remote_code,
         config.unpack,
         config.memory_bytes,
-        config.load_4bit,
+        config.bits,
     )
 
 
@@ -135,8 +135,9 @@ def read_in_place(
     dtype: torch.dtype,
     memory_budget: int | None = None,
     first_layers: bool = False,
+    eight_bit: bool = False,
 ) -> PreTrainedModel:
-    """Build a model on the files that its weights stay in, :func:`mapped_files`.
+    """Build a model on the files that its weights stay in, :func:`mapped_files`, or all but its linear layers.
 
     Args:
         name: The model's.
@@ -144,14 +145,15 @@ def read_in_place(
         dtype: Of products.
         memory_budget: As for :func:`load_model`.
         first_layers: ``config`` has fewer layers than the files, of which the first ones are taken.
+        eight_bit: Pack linear layers to 8 bits, in memory.
 
     Raises:
         XgbloraError: As :func:`load_model` does.
     """
-    files = mapped_files(name, memory_budget=memory_budget)
+    files = mapped_files(name, memory_budget=0 if eight_bit else memory_budget)
     if files[0].suffix.lower() == ".gguf":
         return read_packed(files[0], config, dtype, memory_budget, first_layers)
-    model = read_mapped(files, config, dtype, memory_budget, first_layers)
+    model = read_mapped(files, config, dtype, memory_budget, first_layers, eight_bit)
     with contextlib.suppress(OSError):  # not every folder says how its model writes
         model.generation_config = GenerationConfig.from_pretrained(files[0].parent)
     return model
@@ -165,13 +167,13 @@ def _safetensors(name: str) -> list[Path]:
     settings, _ = PreTrainedConfig.get_config_dict(name)
     require_few_layers(settings)
     if method := (settings.get("quantization_config") or {}).get("quant_method"):
-        raise XgbloraError(f"its weights are packed by {method}, and cannot stay in their files: no --memory_budget")
+        raise XgbloraError(f"it is packed already ({method}): leave out --memory_budget or --load_8bit")
     with contextlib.suppress(OSError):
         files, _ = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))
         return [Path(file) for file in files]
     with contextlib.suppress(OSError):
         return [Path(cached_file(name, SAFE_WEIGHTS_NAME))]
-    raise XgbloraError("it holds no .safetensors files, which weights can stay in: no --memory_budget")
+    raise XgbloraError("it holds no .safetensors files, which --memory_budget and --load_8bit read")
 
 
 def _read_part(reader: Any, name: str, trusted: bool = False) -> Any:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -20,6 +22,8 @@ from xgblora.base.unpack import KINDS, unpack
 from xgblora.errors import XgbloraError
 
 logger = logging.getLogger(__name__)
+
+Q8_ENTRIES, _ = gguf.GGML_QUANT_SIZES[Kind.Q8_0]
 
 BLOCK = re.compile(r"blk\.(\d+)\.")
 """How the name of a layer's tensor begins in a .gguf file."""
@@ -69,12 +73,14 @@ def read_mapped(
     dtype: torch.dtype,
     memory_budget: int | None = None,
     first_layers: bool = False,
+    eight_bit: bool = False,
 ) -> PreTrainedModel:
     """Build the model of a folder's .safetensors files on their mapped bytes, as :func:`read_packed` does of a .gguf.
 
     Args:
         files: All of them.
         config: As for :func:`read_packed`, and so are the others.
+        eight_bit: Pack linear layers but the head to Q8_0, in memory: 32 neighbours of a row share a scale.
 
     Raises:
         XgbloraError: A file is damaged, or the files' weights are not the model's, by name and shape.
@@ -82,7 +88,7 @@ def read_mapped(
     model = _hollow(config, dtype)
     file = PackedFile(files, memory_budget)
     names = hf.FolderNames(model)
-    filling = _Filling(model, names, file)
+    filling = _Filling(model, names, file, eight_bit)
     for path, start in zip(files, file.starts, strict=True):
         for stored in read_safetensors_header(path):
             if stored.name in names.names:
@@ -104,6 +110,16 @@ def _hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _eight_bits(weight: PackedWeight) -> PackedWeight:
+    """A weight's own numbers, not those cast to its dtype, in Q8_0, in memory."""
+    packed = []
+    for part in weight.parts(slice(0, weight.shape[0])):
+        values = torch.empty(part.stop - part.start, weight.shape[1])
+        unpack(weight.packed, weight.kind, weight.order[part], values)
+        packed.append(torch.from_numpy(gguf.quants.quantize(values.numpy(), Kind.Q8_0)))
+    return PackedWeight(torch.cat(packed), Kind.Q8_0, weight.shape, weight.dtype, rounded=True)
+
+
 def _row_bytes(stored: StoredTensor) -> int:
     return stored.size * stored.shape[-1] // math.prod(stored.shape)
 
@@ -111,7 +127,9 @@ def _row_bytes(stored: StoredTensor) -> int:
 class _Filling:
     """Puts the tensors of a file into a hollow model, one by one."""
 
-    def __init__(self, model: PreTrainedModel, names: hf.GgufNames | hf.FolderNames, file: PackedFile) -> None:
+    def __init__(
+        self, model: PreTrainedModel, names: hf.GgufNames | hf.FolderNames, file: PackedFile, eight_bit: bool = False
+    ) -> None:
         self.model, self.names, self.file, self.dtype = model, names, file, model.dtype
         self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
         shared: dict[int, list[str]] = {}
@@ -120,6 +138,7 @@ class _Filling:
         self.twins = {name: names for names in shared.values() for name in names}
         """{weight: all names of it}: a tied head is the table of embeddings."""
         self.filled: set[str] = set()
+        self.eight_bit = eight_bit
         self.words = model.get_input_embeddings()
         """Looked up by token ids, whatever its class makes of a row; other tables may be asked in ways of their own."""
         self.packed = self.unpacked = 0
@@ -137,6 +156,9 @@ class _Filling:
                 mapped = self.file, stored.start, stored.size
                 rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
                 weight = PackedWeight(rows, stored.kind, shape, self.dtype, order, mapped)
+                if self.eight_bit and self._is_inner(target) and shape[1] % Q8_ENTRIES == 0:
+                    weight = _eight_bits(weight)
+                    self.file.let_go(stored.start, stored.size)
                 for name in self.twins[target]:
                     self._stand_in(name.removesuffix(".weight"), weight)
                 self.filled.update(self.twins[target])
@@ -166,6 +188,11 @@ class _Filling:
             name.endswith(".weight") and (type(module) in (nn.Linear, nn.Embedding) or module is self.words)
             for name, module in zip(self.twins[target], modules, strict=True)
         )
+
+    def _is_inner(self, target: str) -> bool:
+        """Whether it is a linear layer's weight, and not the head's."""
+        module = self.model.get_submodule(target.rpartition(".")[0])
+        return type(module) is nn.Linear and module is not self.model.get_output_embeddings()
 
     def _order(self, stored: StoredTensor, target: str) -> Tensor | None:
         """Which row of the file is row 0, 1, ... of the model's weight; None where the two differ in another way.

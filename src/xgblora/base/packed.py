@@ -41,6 +41,7 @@ class PackedWeight:
         order: Which packed row is row 0, 1, ... of the weight; by default they lie in order.
         place: Which bytes of which file ``packed`` is mapped from, if it is: (file, first byte, bytes). Those of a file
             with a budget stay there when the weight moves to a GPU.
+        rounded: It was packed here: its numbers are those of no file.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class PackedWeight:
         dtype: torch.dtype,
         order: Tensor | None = None,
         place: tuple[PackedFile, int, int] | None = None,
+        rounded: bool = False,
     ) -> None:
         self.packed, self.kind, self.shape, self.dtype, self.place = packed, kind, shape, dtype, place
+        self.rounded = rounded
         self.order = (torch.arange(shape[0]) if order is None else order).to(packed.device, torch.int32)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:

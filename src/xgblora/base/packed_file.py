@@ -156,6 +156,10 @@ class PackedFile:
             self._advise("MADV_WILLNEED", *following)
             last, ahead = following[0], ahead - following[1]
 
+    def let_go(self, start: int, size: int) -> None:
+        """Bytes that are not wanted again need not stay in memory."""
+        self._advise("MADV_DONTNEED", start, size)
+
     def _ferry(self, device: torch.device) -> Ferry:
         """What brings weights to a GPU."""
         if device not in self._ferries:

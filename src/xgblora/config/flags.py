@@ -54,7 +54,7 @@ def bytes_of(size: str) -> int:
 
 PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
 STAYS = Needs(
-    lambda c: not (c.unpack or c.load_4bit), "leaves weights in their file: leave out --unpack or --load_4bit"
+    lambda c: not (c.unpack or c.bits), "leaves weights in their file: no --unpack, --load_4bit or --load_8bit"
 )
 UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a folder: a .gguf file is packed already")
 SIZE = Check(is_size, "a size like 3GB or 800MB")
@@ -106,6 +106,12 @@ class Flags(TrainingArguments):
         "Pack the base to 4 bits as it is loaded (bitsandbytes' NF4, QLoRA's): less memory, slower on a CPU. What the "
         "run learns fits that base. Folders that are packed already need no flag.",
         UNPACKED,
+    )
+    load_8bit: bool = flag(
+        False,
+        "Pack the base to 8 bits as it is loaded (GGUF's Q8_0); what enters a layer is not rounded.",
+        UNPACKED,
+        Needs(lambda c: not c.load_4bit, "and --load_4bit are two ways to pack the base"),
     )
     task_name: str = flag("RottenTomatoes", "Name of the task; xgblora tasks lists them.")
     task_file: str | None = flag(None, "A task of your own: a YAML file (docs/tasks.md).")

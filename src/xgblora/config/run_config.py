@@ -157,6 +157,11 @@ class RunConfig(Flags):
         return None if self.memory_budget is None else bytes_of(self.memory_budget)
 
     @property
+    def bits(self) -> Literal[4, 8] | None:
+        """Of a weight, where the base is packed as it is loaded."""
+        return 4 if self.load_4bit else 8 if self.load_8bit else None
+
+    @property
     def boost_fitted(self) -> int:
         """Recipe boost: examples that a booster is fitted on, at most."""
         return self.boost_examples - self.boost_searched(self.boost_examples)

@@ -140,12 +140,12 @@ def _fits(config: CheckConfig, configured: RunConfig) -> bool:
         )
         return False
     if taken <= there:
-        if configured.device.type == "cpu":
+        if configured.device.type == "cpu" and configured.bits is None:
             seconds = predict_seconds(configured, model, rows)
             read = f", and {needed.reads / 1e9:.2f} GB of weights are read again in each" if needed.budget else ""
             logger.info("Time, predicted: %.2f s a step%s", seconds, read)
         return True
-    hint = "" if configured.unpack or configured.load_4bit else ", --memory_budget"
+    hint = "" if configured.unpack or configured.bits else ", --memory_budget"
     logger.error(
         "FAILED: %.1f GB are more than the %.1f GB that are free: a smaller --per_device_train_batch_size or "
         "--max_length, --dtype bfloat16%s, or a smaller model",

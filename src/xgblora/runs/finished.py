@@ -121,7 +121,7 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
         settings.torch_dtype,
         config.trust_remote_code,
         memory_budget=None if config.memory_budget is None else bytes_of(config.memory_budget),
-        four_bit=bool(run.settings.get("load_4bit")),
+        bits=4 if run.settings.get("load_4bit") else 8 if run.settings.get("load_8bit") else None,
     )
     base = Base(model.to(settings.device))
     ledger = load_adapters(base, run.adapter)

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -30,6 +31,9 @@ from xgblora.config import RunConfig, changed
 from xgblora.data.batch import Example
 from xgblora.progress import quiet
 from xgblora.training.trainer import Trainer
+
+SCALED_BYTES = {4: 0.5 + 4 / 64, 8: 1 + 2 / 32}
+"""Bytes of a weight in NF4 and in Q8_0, with its share of a scale."""
 
 FREE = 2**62
 """A memory budget that keeps every weight."""
@@ -131,9 +135,14 @@ def _stored(config: RunConfig, model: PreTrainedConfig) -> int:
         whole = AutoModelForCausalLM.from_config(
             model, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
         )
-    return sum(
-        tensor.numel() * tensor.element_size() for tensor in itertools.chain(whole.parameters(), whole.buffers())
-    )
+    tensors = itertools.chain(whole.parameters(), whole.buffers())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if config.bits is not None:
+        head = whole.get_output_embeddings()
+        layers = (module for module in whole.modules() if type(module) is nn.Linear and module is not head)
+        weights = sum(layer.weight.numel() for layer in layers)
+        size -= int(weights * (config.torch_dtype.itemsize - SCALED_BYTES[config.bits]))
+    return size
 
 
 def _shortened(model: PreTrainedConfig, layers: int) -> PreTrainedConfig:
