@@ -54,7 +54,8 @@ def bytes_of(size: str) -> int:
 
 PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
 STAYS = Needs(
-    lambda c: not (c.unpack or c.bits), "leaves weights in their file: no --unpack, --load_4bit or --load_8bit"
+    lambda c: not (c.unpack or c.load_4bit or c.load_8bit),
+    "leaves weights in their file: no --unpack, --load_4bit or --load_8bit",
 )
 UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a folder: a .gguf file is packed already")
 SIZE = Check(is_size, "a size like 3GB or 800MB")
