@@ -178,6 +178,12 @@ def test_eight_bits_are_ggufs(dtype: torch.dtype, tmp_path: Path) -> None:
     assert 0 < (hidden - expected).norm() / expected.norm() < 0.05
 
 
+def test_what_is_packed_here_takes_a_folder_and_no_budget(model_folder: Path) -> None:
+    for name, more in ((str(model_folder), {"memory_budget": PLENTY}), ("model.gguf", {})):
+        with pytest.raises(XgbloraError, match="to pack to 8 bits takes a folder without a memory budget"):
+            load_model(name, bits=8, **more)
+
+
 def test_from_eight_bits_to_an_answer(tmp_path: Path, data_folder: Path, run: Run) -> None:
     folder = saved(
         tmp_path / "llama", LlamaConfig(**LLAMA, vocab_size=len(byte_tokenizer()), max_position_embeddings=128)

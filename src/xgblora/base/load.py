@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from xgblora.base.header import other_shape, read_gguf_header, require_few_layers
-from xgblora.base.load_packed import read_mapped, read_packed
+from xgblora.base.load_packed import fill_from, hollow_model, read_packed
 from xgblora.base.wheels import SHIPPED, kept, shipped_file
 from xgblora.config import EMBEDDED_MODEL, RunConfig
 from xgblora.errors import XgbloraError, one_line
@@ -67,11 +67,15 @@ def load_model(
     """
     with _reading("model", name):
         path = gguf_file(name)
+        if bits is not None and (memory_budget is not None or (path is not None and name != EMBEDDED_MODEL)):
+            raise XgbloraError(f"to pack to {bits} bits takes a folder without a memory budget")
         if path is not None and name != EMBEDDED_MODEL and unpack:
             model, tokenizer = _read_unpacked(path, dtype), _read_part(AutoTokenizer, name)
         elif bits == 8 or mapped_files(name, unpack, memory_budget):
             config = _read_part(AutoConfig, name, trust_remote_code)
-            model = read_in_place(name, config, dtype, memory_budget, eight_bit=bits == 8)
+            model = read_in_place(
+                name, config, dtype, memory_budget, eight_bit=bits == 8, trust_remote_code=trust_remote_code
+            )
             tokenizer = _read_part(AutoTokenizer, name, trust_remote_code)
         else:
             folder = name if path is None else str(_converted(path))
@@ -136,6 +140,7 @@ def read_in_place(
     memory_budget: int | None = None,
     first_layers: bool = False,
     eight_bit: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build a model on the files that its weights stay in, :func:`mapped_files`, or all but its linear layers.
 
@@ -146,6 +151,7 @@ def read_in_place(
         memory_budget: As for :func:`load_model`.
         first_layers: ``config`` has fewer layers than the files, of which the first ones are taken.
         eight_bit: Pack linear layers to 8 bits, in memory.
+        trust_remote_code: As for :func:`load_model`.
 
     Raises:
         XgbloraError: As :func:`load_model` does.
@@ -153,7 +159,8 @@ def read_in_place(
     files = mapped_files(name, memory_budget=0 if eight_bit else memory_budget)
     if files[0].suffix.lower() == ".gguf":
         return read_packed(files[0], config, dtype, memory_budget, first_layers)
-    model = read_mapped(files, config, dtype, memory_budget, first_layers, eight_bit)
+    model = hollow_model(config, dtype, trust_remote_code)
+    fill_from(files, model, memory_budget, first_layers, eight_bit)
     with contextlib.suppress(OSError):  # not every folder says how its model writes
         model.generation_config = GenerationConfig.from_pretrained(files[0].parent)
     return model

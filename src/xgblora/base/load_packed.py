@@ -57,7 +57,7 @@ def read_packed(
         if stored.kind not in KINDS:
             known = ", ".join(kind.name for kind in KINDS)
             raise XgbloraError(f"its {stored.name} is packed as {stored.kind.name}, and only {known} are known")
-    model = _hollow(config, dtype)
+    model = hollow_model(config, dtype)
     filling = _Filling(model, hf.GgufNames(model, header.architecture), PackedFile([path], memory_budget))
     layers = config.get_text_config().num_hidden_layers
     for stored in header.tensors:
@@ -67,25 +67,24 @@ def read_packed(
     return model
 
 
-def read_mapped(
+def fill_from(
     files: Sequence[Path],
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
+    model: PreTrainedModel,
     memory_budget: int | None = None,
     first_layers: bool = False,
     eight_bit: bool = False,
-) -> PreTrainedModel:
-    """Build the model of a folder's .safetensors files on their mapped bytes, as :func:`read_packed` does of a .gguf.
+) -> None:
+    """Put a model on the mapped bytes of a folder's .safetensors files, as :func:`read_packed` does with a .gguf file.
 
     Args:
         files: All of them.
-        config: As for :func:`read_packed`, and so are the others.
+        model: From :func:`hollow_model`.
+        memory_budget: As for :func:`read_packed`, and so is ``first_layers``.
         eight_bit: Pack linear layers but the head to Q8_0, in memory: 32 neighbours of a row share a scale.
 
     Raises:
         XgbloraError: A file is damaged, or the files' weights are not the model's, by name and shape.
     """
-    model = _hollow(config, dtype)
     file = PackedFile(files, memory_budget)
     names = hf.FolderNames(model)
     filling = _Filling(model, names, file, eight_bit)
@@ -96,16 +95,17 @@ def read_mapped(
             elif not first_layers and not names.may_be_left(stored.name):
                 raise XgbloraError(
                     f"{path.name} holds {stored.name}, for which the model has another place or none: --memory_budget "
-                    "reads files that name every weight as the model does, so leave it out"
+                    "and --load_8bit read files that name every weight as the model does"
                 )
     filling.finish()
-    return model
 
 
-def _hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose weights are still to come."""
+def hollow_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model whose weights are still to come, which multiplies in ``dtype``."""
     with hf.hollow():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     model.tie_weights()  # hollow weights are made anew, one by one
     return model
 

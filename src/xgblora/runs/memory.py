@@ -159,7 +159,14 @@ def _first_layers(config: RunConfig, architecture: PreTrainedConfig) -> PreTrain
     """A model of these few layers: those of the files that weights stay in, else random ones."""
     if mapped_files(config.model_name, config.unpack, config.memory_bytes):
         budget = None if config.memory_bytes is None else FREE
-        model = read_in_place(config.model_name, architecture, config.torch_dtype, budget, first_layers=True)
+        model = read_in_place(
+            config.model_name,
+            architecture,
+            config.torch_dtype,
+            budget,
+            first_layers=True,
+            trust_remote_code=config.trust_remote_code,
+        )
     else:
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
