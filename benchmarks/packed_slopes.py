@@ -53,11 +53,11 @@ def slopes(model: PreTrainedModel, directions: int, eps: float, seed: int) -> Te
             parameter.sub_(step * z)
         return loss.of_scores(scores, batch.label).double().mean().item()
 
-    found = []
+    measured = []
     for _ in range(directions):
         direction = [torch.randn(parameter.shape, generator=draw) for parameter in adapters.parameters()]
-        found.append((loss_at(direction, eps) - loss_at(direction, -eps)) / (2 * eps))
-    return torch.tensor(found, dtype=torch.float64)
+        measured.append((loss_at(direction, eps) - loss_at(direction, -eps)) / (2 * eps))
+    return torch.tensor(measured, dtype=torch.float64)
 
 
 def main() -> None:
