@@ -67,9 +67,9 @@ def test_the_packed_files_own_layers_are_timed(
 ) -> None:
     read: list[int] = []
 
-    def counted(name: str, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+    def counted(files: list[Path], config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         read.append(config.num_hidden_layers)
-        return read_in_place(name, config, *args, **kwargs)
+        return read_in_place(files, config, *args, **kwargs)
 
     monkeypatch.setattr(memory, "read_in_place", counted)
     config = LlamaConfig(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=4)

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,12 +69,13 @@ def load_model(
         path = gguf_file(name)
         if bits is not None and (memory_budget is not None or (path is not None and name != EMBEDDED_MODEL)):
             raise XgbloraError(f"to pack to {bits} bits takes a folder without a memory budget")
+        in_place = mapped_files(name, unpack and bits is None, 0 if bits == 8 else memory_budget)
         if path is not None and name != EMBEDDED_MODEL and unpack:
             model, tokenizer = _read_unpacked(path, dtype), _read_part(AutoTokenizer, name)
-        elif bits == 8 or mapped_files(name, unpack, memory_budget):
+        elif in_place:
             config = _read_part(AutoConfig, name, trust_remote_code)
             model = read_in_place(
-                name, config, dtype, memory_budget, eight_bit=bits == 8, trust_remote_code=trust_remote_code
+                in_place, config, dtype, memory_budget, eight_bit=bits == 8, trust_remote_code=trust_remote_code
             )
             tokenizer = _read_part(AutoTokenizer, name, trust_remote_code)
         else:
@@ -134,7 +135,7 @@ def mapped_files(name: str, unpack: bool = False, memory_budget: int | None = No
 
 
 def read_in_place(
-    name: str,
+    files: Sequence[Path],
     config: PreTrainedConfig,
     dtype: torch.dtype,
     memory_budget: int | None = None,
@@ -142,10 +143,10 @@ def read_in_place(
     eight_bit: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Build a model on the files that its weights stay in, :func:`mapped_files`, or all but its linear layers.
+    """Build a model on the files that its weights stay in, or all but its linear layers.
 
     Args:
-        name: The model's.
+        files: From :func:`mapped_files`.
         config: Its configuration.
         dtype: Of products.
         memory_budget: As for :func:`load_model`.
@@ -156,7 +157,6 @@ def read_in_place(
     Raises:
         XgbloraError: As :func:`load_model` does.
     """
-    files = mapped_files(name, memory_budget=0 if eight_bit else memory_budget)
     if files[0].suffix.lower() == ".gguf":
         return read_packed(files[0], config, dtype, memory_budget, first_layers)
     model = hollow_model(config, dtype, trust_remote_code)

@@ -148,13 +148,13 @@ class _Filling:
         target = self.names.names.get(stored.name, "")
         if target in self.filled:  # a file may hold a tied head twice
             return
+        rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
         if target in self.shapes and self._can_stay_packed(target):
             order = self._order(stored, target)
             if order is not None:
                 self._require_shape(stored.shape, target)
                 shape = stored.shape[0], stored.shape[1]
                 mapped = self.file, stored.start, stored.size
-                rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
                 weight = PackedWeight(rows, stored.kind, shape, self.dtype, order, mapped)
                 if self.eight_bit and self._is_inner(target) and shape[1] % Q8_ENTRIES == 0:
                     weight = _eight_bits(weight)
@@ -164,7 +164,6 @@ class _Filling:
                 self.filled.update(self.twins[target])
                 self.packed += stored.size
                 return
-        rows = self.file.bytes(stored.start, stored.size).view(-1, _row_bytes(stored))
         values = torch.empty(len(rows), stored.shape[-1])
         unpack(rows, stored.kind, torch.arange(len(rows), dtype=torch.int32), values)
         place, made = self.names.process(values.numpy().reshape(stored.shape), stored.name)

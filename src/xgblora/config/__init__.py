@@ -2,7 +2,7 @@
 
 from xgblora.config.describe import banner, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag
-from xgblora.config.flags import EMBEDDED_MODEL, PACKED_MODEL, UNSUPPORTED, bytes_of, is_size
+from xgblora.config.flags import EMBEDDED_MODEL, PACKED_MODEL, UNSUPPORTED, is_size
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows
@@ -14,7 +14,6 @@ __all__ = [
     "UNSUPPORTED",
     "RunConfig",
     "banner",
-    "bytes_of",
     "changed",
     "default_of",
     "defaults",

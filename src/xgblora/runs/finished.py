@@ -6,8 +6,9 @@ from typing import Any
 
 from xgblora.adapters.boosters import Ledger, load_adapters
 from xgblora.adapters.files import LEDGER, TASK
-from xgblora.base import Base, load_model
-from xgblora.config import RunConfig, bytes_of, flag, is_size, of_settings
+from xgblora.base import Base
+from xgblora.base.load import load_configured
+from xgblora.config import RunConfig, flag, is_size, of_settings
 from xgblora.errors import XgbloraError, naming
 from xgblora.files import read_json, verify
 from xgblora.learn.predictor import Predictor
@@ -115,14 +116,17 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
     if config.boosters is not None and config.boosters > count:
         raise XgbloraError(f"{run.folder} has {count} boosters: --boosters takes 0 to {count}, got {config.boosters}")
     name = config.model_name or run.model_name
-    settings = RunConfig(output_dir=str(run.folder), use_cpu=config.use_cpu, dtype=run.dtype)  # type: ignore[arg-type]
-    model, tokenizer = load_model(
-        name,
-        settings.torch_dtype,
-        config.trust_remote_code,
-        memory_budget=None if config.memory_budget is None else bytes_of(config.memory_budget),
-        bits=4 if run.settings.get("load_4bit") else 8 if run.settings.get("load_8bit") else None,
+    settings = RunConfig(
+        output_dir=str(run.folder),
+        model_name=name,
+        trust_remote_code=config.trust_remote_code,
+        use_cpu=config.use_cpu,
+        dtype=run.dtype,  # type: ignore[arg-type]
+        memory_budget=config.memory_budget,
+        load_4bit=run.settings.get("load_4bit", False),
+        load_8bit=run.settings.get("load_8bit", False),
     )
+    model, tokenizer = load_configured(settings)
     base = Base(model.to(settings.device))
     ledger = load_adapters(base, run.adapter)
     if config.boosters is not None:

@@ -157,10 +157,10 @@ def _shortened(model: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 def _first_layers(config: RunConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
     """A model of these few layers: those of the files that weights stay in, else random ones."""
-    if mapped_files(config.model_name, config.unpack, config.memory_bytes):
+    if files := mapped_files(config.model_name, config.unpack, config.memory_bytes):
         budget = None if config.memory_bytes is None else FREE
         model = read_in_place(
-            config.model_name,
+            files,
             architecture,
             config.torch_dtype,
             budget,
