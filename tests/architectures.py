@@ -7,6 +7,7 @@ the table of docs/architectures.md.
 import copy
 import logging
 import math
+import random
 import sys
 import tempfile
 import traceback
@@ -25,9 +26,23 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conftest import examples, option_scores
-from xgblora import Base, Example, Ledger, RunConfig, Trainer, XgbloraError, load_adapters
+from xgblora import (
+    Base,
+    Example,
+    Ledger,
+    OptionLoss,
+    RunConfig,
+    Trainer,
+    XgbloraError,
+    attach,
+    load_adapters,
+    residual_writers,
+)
 from xgblora.adapters.plain_peft import WEIGHTS
 from xgblora.errors import one_line
+from xgblora.learn.fitted.activations import Forwards
+from xgblora.learn.fitted.boost import boost
+from xgblora.learn.fitted.teacher import teach
 from xgblora.runs.run import attach_for
 
 KINDS = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -169,7 +184,48 @@ def judge(kind: str, folder: Path) -> Verdict:
     }.items():
         with _judging(verdict, question):
             _train_and_load(kind, folder / question, rows, flags)
+    if verdict.answers["boost"] == "right":
+        with _judging(verdict, "follows"):
+            teacher, left = follow(uneven(tiny(kind)))
+            assert left < 0.05 or teacher > 0.1, f"{left:.2f} nats from a teacher of loss {teacher:.2f}"
+        if verdict.answers["follows"] == "right" and teacher > 0.1:
+            verdict.answers["follows"] = f"teacher {teacher:.2f}"
     return verdict
+
+
+def uneven(model: PreTrainedModel) -> PreTrainedModel:
+    """Norms that have learned something: every unit has a weight of its own, as in no fresh model."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=draw))
+                parameter.add_(0.2 * torch.rand(parameter.shape, generator=draw))
+    return model
+
+
+def questions(count: int, seed: int) -> list[Example]:
+    """Two or three tokens, the last of which gives the label away."""
+    draw = random.Random(seed)
+    labels = [draw.randrange(2) for _ in range(count)]
+    prompts = [[*(draw.randrange(30, 36) for _ in range(draw.randrange(1, 3))), 20 + label] for label in labels]
+    return [Example(prompt, [[5], [9]], label) for prompt, label in zip(prompts, labels, strict=True)]
+
+
+def follow(model: PreTrainedModel, boosters: int = 6) -> tuple[float, float]:
+    """Fit a teacher and boosters to :func:`questions`; the teacher's loss on rows it was not fitted on, and how far
+    from it the boosters end, in nats an example."""
+    base = Base(model)
+    adapters = attach(base, 1, 16, residual_writers(base), xgblora=True)
+    forwards = Forwards(adapters, OptionLoss())
+    rows, searched = questions(120, 0), questions(60, 1)
+    teacher = teach(forwards, rows, searched, ridge=1e-3)
+    left = math.inf
+    for number in range(boosters):
+        left = boost(forwards, rows, searched, ridge=0.03, teacher=teacher).after
+        adapters.freeze_pair()
+        adapters.new_pair(number + 1)
+    return min(teacher.losses.values()), left
 
 
 def _train_and_load(kind: str, folder: Path, rows: list[Example], flags: dict[str, Any]) -> None:
@@ -225,7 +281,7 @@ def _judging(verdict: Verdict, question: str) -> Iterator[None]:
         )
 
 
-QUESTIONS = ("zero-shot", "zo", "regular", "boost")
+QUESTIONS = ("zero-shot", "zo", "regular", "boost", "follows")
 
 PAGE = """# Architectures
 
@@ -238,14 +294,16 @@ and tried:
   sliding windows.
 - **zo**, **regular**, **boost**: four steps with a merge (two boosters), saved; the same again from the checkpoint in
   the middle, with equal bits; plain PEFT loads what was saved and scores alike, with every number of boosters.
+- **follows**: on a toy question, with norms that are no longer those of a fresh model, six fitted boosters end within
+  0.05 nats of their teacher. Where random weights keep even the teacher from learning it, its loss is given instead.
 
 `yes` means that all of it was seen. A number stands for a refusal in one line, before anything is trained; the lines
 are below. Batches are *packed* where the model takes that, else *padded*: equal results, more work.
 
 {counts}
 
-| architecture | batches | zero-shot | zo | regular | boost |
-|---|---|---|---|---|---|
+| architecture | batches | zero-shot | zo | regular | boost | follows |
+|---|---|---|---|---|---|---|
 {rows}
 
 ## Refusals

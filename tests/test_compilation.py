@@ -8,9 +8,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from conftest import ARCHITECTURES, build, examples, option_scores, train
-from xgblora import attach
+from xgblora import Base, OptionLoss, attach, residual_writers
 from xgblora.base.compilation import compiled
 from xgblora.data.batch import build_batch
+from xgblora.learn.fitted.activations import Forwards
+from xgblora.learn.fitted.boost import boost
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "cl")), reason="torch.compile needs a C++ compiler"
@@ -42,3 +44,20 @@ def test_compiled_scores_are_the_eager_ones(name: str) -> None:
                 scores = option_scores(model, batch)
             torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
             assert torch.equal(option_scores(model, batch), expected)  # eager again
+
+
+def test_compiled_layers_are_looked_into_as_they_are() -> None:
+    """Also after forwards that compiled them without anybody looking."""
+    losses: dict[bool, list[float]] = {}
+    for compile_layers in (False, True):
+        base = Base(build(ARCHITECTURES["llama"]))
+        adapters = attach(base, target_modules=residual_writers(base), xgblora=True)
+        forwards = Forwards(adapters, OptionLoss())
+        with base.without_gradients(compile_layers):
+            fits = []
+            for number in range(2):
+                fits.append(boost(forwards, examples(60), examples(20, seed=1)))
+                adapters.freeze_pair()
+                adapters.new_pair(number + 1)
+        losses[compile_layers] = [fit.after for fit in fits]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -12,9 +12,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xgblora.adapters.linear import AdaptedLinear, Probe, linear_shape
+from xgblora.adapters.linear import AdaptedLinear, Probe
 from xgblora.adapters.targets import choose_targets
 from xgblora.base import Base
+from xgblora.base.architecture import linear_shape
 from xgblora.base.layer_major import Turn
 from xgblora.base.swap import swap
 from xgblora.config import warn_rank

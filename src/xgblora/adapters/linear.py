@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from xgblora.base.architecture import linear_shape
 from xgblora.base.compilation import Opaque
 
 BLOCK = 16
@@ -137,14 +137,6 @@ class AdaptedLinear(Opaque):
         if self.booster_A.shape[0]:
             result = torch.addmm(result, F.linear(x, self.booster_A), self.booster_B.T, alpha=self.scaling)
         return result
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """In and out features of a linear layer of any kind; None for another module."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    size = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return size if isinstance(size[0], int) and isinstance(size[1], int) else None  # type: ignore[return-value]
 
 
 def _piece_length(device: torch.device, positions: int) -> int:

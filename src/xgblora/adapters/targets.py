@@ -10,9 +10,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers import PreTrainedModel
 
-from xgblora.adapters.linear import linear_shape
 from xgblora.adapters.plain_peft import settle_targets
 from xgblora.base import Base
+from xgblora.base.architecture import linear_shape
 from xgblora.errors import MemoryBudgetError, XgbloraError
 
 logger = logging.getLogger(__name__)

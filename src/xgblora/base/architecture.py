@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -38,3 +39,11 @@ def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
         if (cap := getattr(config, name, None)) is not None:
             logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """In and out features of a linear layer of any kind; None for another module."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    size = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return size if isinstance(size[0], int) and isinstance(size[1], int) else None  # type: ignore[return-value]

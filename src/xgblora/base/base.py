@@ -1,7 +1,7 @@
 """The frozen model as an object: hidden states, logits, what its layers see. It is asked, never opened."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Union
@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 
 from xgblora.base.architecture import context_length, decoder_layers
 from xgblora.base.attention import attending_packed, forward
-from xgblora.base.compilation import compiled
+from xgblora.base.compilation import as_written, compiled
 from xgblora.base.cpu_layout import cpu_layout, return_freed_memory
 from xgblora.base.fingerprint import fingerprint
 from xgblora.base.head import log_probabilities, logits
-from xgblora.base.layer_major import Turn, has_greenlets, in_waves, later, layer_major, no_turn, one_by_one
-from xgblora.base.observation import Observation, Watch, rows_read
+from xgblora.base.layer_major import Turn, has_greenlets, in_waves, later, layer_major, no_turn, one_by_one, together
+from xgblora.base.observation import NO_BIASES, Observation, Passed, Watch, rows_read
 from xgblora.base.packed import budgeted_file
 from xgblora.base.packed_file import PackedFile
 from xgblora.base.prefix import Prefix
+from xgblora.base.route import measure_route
+from xgblora.base.writers import Strengths, Writer, measure_writers
 from xgblora.data.batch import Batch, Example, build_batch
-from xgblora.errors import MemoryBudgetError, XgbloraError, one_line
+from xgblora.errors import XgbloraError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Base:
 
         Raises :class:`XgbloraError` where the logits are wrong either way.
         """
-        return _measure_route(self.model)
+        return measure_route({packed: Base(self.model, packed) for packed in (True, False)})
 
     @property
     def device(self) -> torch.device:
@@ -190,23 +192,42 @@ class Base:
                 layer_major(self.layers.values(), forwards, turn, after_layer)
 
     def observe(
-        self, batches: Iterable[Batch], layers: Sequence[nn.Module], writers: Sequence[nn.Module] = ()
+        self, batches: Iterable[Batch], layers: Sequence[nn.Module], biases: Mapping[nn.Module, Tensor] = NO_BIASES
     ) -> Iterator[Observation]:
         """One forward of each batch that keeps what enters ``layers``, and what leaves the last decoder layer.
 
-        What ``writers`` give is added up. Raises :class:`XgbloraError` where one is not called once, with all words.
+        What the writers give that have ``biases`` (hidden,) is added up. Raises :class:`XgbloraError` where one of all
+        these is not called once, with all words.
         """
         last = list(self.layers.values())[-1]
+        names = {module: name.removesuffix(".base_layer") for name, module in self.model.named_modules()}
+        asked = {names[module] for module in (*layers, *biases)}
+        writers = {name: writer for name, writer in self.writers.items() if name in asked} if asked else {}
         for wave in self.waves(batches):
-            with Watch(wave, layers, last, writers) as watch:
-                final = self._forward(wave, watch.turn)
+            strengths = Strengths(self.model, writers, wave)
+            passed = {
+                module: Passed(writer.gain, partial(strengths.of, names[module]))
+                for module in (*layers, *biases)
+                if (writer := writers.get(names[module])) is not None and writer.gain is not None
+            }
+            with as_written(self.model), strengths, Watch(wave, layers, last, biases, passed) as watch:
+                final = self._forward(wave, together(strengths.turn, watch.turn))
             try:
                 yield from watch.observations(final)
             except KeyError as error:
-                names = {module: name for name, module in self.model.named_modules()}
                 raise XgbloraError(
                     f"{names[error.args[0]]} does not see every word once a forward, as fits need it"
                 ) from None
+
+    @cached_property
+    @torch.no_grad()
+    def writers(self) -> dict[str, Writer]:
+        """The layers that write to the residual stream, by name. Costs a short forward, once."""
+        draw, width = torch.Generator().manual_seed(0), 16
+        words = torch.randint(self.vocabulary, (4, width), generator=draw).tolist()
+        batch = self.batch([Example(row[:-2], [row[-2:-1], row[-1:]], 0) for row in words])
+        with self.skipping(None, None), as_written(self.model):
+            return measure_writers(self.layers, partial(self._forward, [batch], no_turn), self.width)
 
     @cached_property
     @torch.no_grad()
@@ -283,68 +304,3 @@ class Base:
         """Run forwards inside the block faster: weights in the CPU library's layout, on request compiled layers."""
         with cpu_layout(self.model), compiled(self.model) if compile_layers else nullcontext():
             yield
-
-
-@torch.no_grad()
-def _measure_route(model: PreTrainedModel) -> bool:
-    """Whether this model runs packed batches.
-
-    Three short sequences go through the model one by one as it ships, and then packed. Where the logits differ by more
-    than rounding, padded rows are used, and the log says so. Raises :class:`XgbloraError` where even those differ.
-    """
-    vocabulary = model.config.get_text_config().vocab_size
-    draw = torch.Generator().manual_seed(0)
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=draw).tolist()
-
-    lengths = (5, 1, 1), (12, 3, 2), (8, 1, 4)
-    examples = [Example(tokens(n), [tokens(first), tokens(second)], 0) for n, first, second in lengths]
-    words = [*examples[1].prompt, *examples[1].options[0]]
-    alone = [[*example.prompt, *option[:-1]] for example in examples for option in example.options]
-    logits_of = _logits_of(model, [*alone, words[:-1], words])
-    starts = [len(example.prompt) - 1 for example in examples for _ in example.options]
-    expected = torch.cat([logits[start:] for logits, start in zip(logits_of[:-2], starts, strict=True)])
-    tolerance = 1e-3 if Base(model).dtype == torch.float32 else 0.1  # half precision rounds much more
-    short, long = (logits[: len(words) - 1] for logits in logits_of[-2:])
-    kind = type(model).__name__
-    if _difference(short, long) > tolerance:
-        raise XgbloraError(f"{kind} is not supported: its words see later ones, so it is no causal model")
-    reason = ""
-    for packed in (True, False):
-        base = Base(model, packed)
-        batch = base.batch(examples)
-        try:
-            (hidden,) = base.hidden([batch])
-            logits = base.logits(hidden)[batch.target_read]
-        except MemoryBudgetError:
-            raise
-        except Exception as error:  # whatever a foreign architecture raises: it cannot take this form
-            reason = one_line(error, 100)
-            continue
-        if (difference := _difference(logits, expected)) <= tolerance:
-            if not packed:
-                logger.info("%s cannot run packed batches (%s): padded rows are used", kind, reason)
-            return packed
-        reason = f"logits differ by {difference:.2g} of their spread"
-    raise XgbloraError(f"{kind} is not supported: its logits are not head(hidden states) ({reason})")
-
-
-def _logits_of(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits (tokens, vocabulary) float32 of each row, which the model reads alone, as it ships."""
-    base, results = Base(model, packed=False), dict[int, Tensor]()
-
-    def read(number: int) -> None:
-        logits = model(input_ids=torch.tensor([rows[number]], device=base.device), use_cache=False).logits
-        results[number] = logits[0].float()
-
-    base.run([partial(read, number) for number in range(len(rows))], no_turn)
-    return [results[number] for number in range(len(rows))]
-
-
-def _difference(logits: Tensor, expected: Tensor) -> float:
-    """Root mean square over the vocabulary, as a share of its spread, at the worst position.
-
-    A token that sees wrong neighbours is off by about 1.
-    """
-    return float(((logits - expected).std(dim=1) / expected.std(dim=1)).max())

@@ -77,3 +77,16 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer._compiled_call_impl = None  # noqa: SLF001 (torch has no public way back)
+
+
+@contextmanager
+def as_written(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards inside the block run the layers as they are, also where they are compiled: for hooks inside them."""
+    before = {layer: layer._compiled_call_impl for layer in decoder_layers(model).values()}  # noqa: SLF001
+    for layer in before:
+        layer._compiled_call_impl = None  # noqa: SLF001 (torch has no public way back)
+    try:
+        yield
+    finally:
+        for layer, call in before.items():
+            layer._compiled_call_impl = call  # noqa: SLF001

@@ -31,6 +31,16 @@ def later(turn: Turn, start: int) -> Turn:
     return lambda number: turn(start + number)
 
 
+def together(*turns: Turn) -> Turn:
+    """Tells all of ``turns``."""
+
+    def turn(number: int) -> None:
+        for one in turns:
+            one(number)
+
+    return turn
+
+
 def one_by_one(forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
     """Carry out forwards one after the other."""
     for number, forward in enumerate(forwards):
@@ -99,7 +109,7 @@ def layer_major(
     with ExitStack() as undo:
         undo.callback(lambda: [forward.throw() for forward in waiting.values()])  # after an error: end the others
         for layer in layers:
-            undo.callback(layer.register_forward_pre_hook(leave).remove)
+            undo.callback(layer.register_forward_pre_hook(leave, prepend=True).remove)  # before others look at it
         while waiting:
             for number, forward in list(waiting.items()):
                 turn(number)

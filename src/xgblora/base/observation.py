@@ -1,29 +1,43 @@
 """What forwards show where something is predicted."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from xgblora.data.batch import Batch
 
+NO_BIASES: Mapping[nn.Module, Tensor] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Observation:
     """What one batch showed where something is predicted (reads).
 
-    ``inputs``: (reads, in) for each layer asked about, in the model's dtype. ``last``: (reads, hidden), as the last
-    decoder layer leaves it; ``final``: (reads, hidden), as the head takes it. ``written``: (reads, hidden) float32,
-    what the writers asked about give together.
+    ``inputs``: (reads, in) for each layer asked about, in the model's dtype, times the strength with which the position
+    passes on what the layer gives. ``last``: (reads, hidden), as the last decoder layer leaves it; ``final``: (reads,
+    hidden), as the head takes it. ``written``: (reads, hidden) float32, what the writers asked about give together
+    beside their biases, as far as it reaches ``last``.
     """
 
     inputs: list[Tensor]
     last: Tensor
     final: Tensor
     written: Tensor | None
+
+
+@dataclass(frozen=True)
+class Passed:
+    """How what a writer gives reaches the last decoder layer's output, where that is not as it is."""
+
+    gain: Tensor
+    """(hidden,) float32."""
+    strength: Callable[[int], Tensor | None]
+    """(reads,) float32 by number of the batch; None: 1 everywhere."""
 
 
 class Watch:
@@ -33,16 +47,24 @@ class Watch:
         wave: The batches that are forwarded.
         layers: Whose inputs are kept.
         last: The last decoder layer.
-        writers: Whose outputs are added up, which takes less memory than to keep what enters them.
+        biases: (hidden,) of the layers whose outputs are added up, which takes less memory than to keep what enters
+            them.
+        passed: How what layers give reaches the last one's output, of those where it is not as it is.
     """
 
     def __init__(
-        self, wave: Sequence[Batch], layers: Sequence[nn.Module], last: nn.Module, writers: Sequence[nn.Module] = ()
+        self,
+        wave: Sequence[Batch],
+        layers: Sequence[nn.Module],
+        last: nn.Module,
+        biases: Mapping[nn.Module, Tensor],
+        passed: Mapping[nn.Module, Passed],
     ) -> None:
-        self.wave, self.layers, self.last, self.writers = wave, layers, last, writers
+        self.wave, self.layers, self.last, self.biases, self.passed = wave, layers, last, biases, passed
         self._inputs: list[dict[nn.Module, Tensor | None]] = [{} for _ in wave]
         self._outputs: dict[int, Tensor] = {}
         self._written: list[Tensor | None] = [None] * len(wave)
+        self._apart: list[dict[nn.Module, Tensor]] = [{} for _ in wave]
         self._wrote: list[Counter[nn.Module]] = [Counter() for _ in wave]
         self._now = 0
         self._hooks = ExitStack()
@@ -54,7 +76,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         for layer in self.layers:
             self._hooks.callback(layer.register_forward_pre_hook(self._keep_input).remove)
-        for writer in self.writers:
+        for writer in self.biases:
             self._hooks.callback(writer.register_forward_hook(self._add_output).remove)
         self._hooks.callback(self.last.register_forward_hook(self._keep_output).remove)
         return self
@@ -67,11 +89,18 @@ class Watch:
         kept[layer] = rows_read(x, batch) if _is_whole(x, batch) and layer not in kept else None
 
     def _add_output(self, writer: nn.Module, _: Any, output: Tensor) -> None:
-        batch, before = self.wave[self._now], self._written[self._now]
+        batch = self.wave[self._now]
         if _is_whole(output, batch):
-            rows = rows_read(output, batch).float()
-            self._written[self._now] = rows if before is None else before.add_(rows)
+            rows = rows_read(output, batch).float() - self.biases[writer]
+            if writer in self.passed:
+                self._apart[self._now][writer] = rows  # how strongly it passes is known later
+            else:
+                self._add(self._now, rows)
             self._wrote[self._now][writer] += 1
+
+    def _add(self, number: int, rows: Tensor) -> None:
+        before = self._written[number]
+        self._written[number] = rows if before is None else before.add_(rows)
 
     def _keep_output(self, _: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -83,16 +112,23 @@ class Watch:
         Raises KeyError with a layer that did not see every position once.
         """
         for number, kept in enumerate(self._inputs):
-            inputs = []
-            for layer in self.layers:
-                rows = kept.get(layer)
-                if rows is None:
-                    raise KeyError(layer)
-                inputs.append(rows)
-            for writer in self.writers:
+            for writer in self.biases:
                 if self._wrote[number][writer] != 1:
                     raise KeyError(writer)
+            for writer, rows in self._apart[number].items():
+                self._add(number, self._passed_on(writer, rows, number) * self.passed[writer].gain)
+            inputs = []
+            for layer in self.layers:
+                x = kept.get(layer)
+                if x is None:
+                    raise KeyError(layer)
+                inputs.append(self._passed_on(layer, x, number))
             yield Observation(inputs, self._outputs[number], final[number], self._written[number])
+
+    def _passed_on(self, module: nn.Module, rows: Tensor, number: int) -> Tensor:
+        """Rows (reads, any) times the strength of their positions."""
+        strength = self.passed[module].strength(number) if module in self.passed else None
+        return rows if strength is None else (rows.float() * strength[:, None]).to(rows.dtype)
 
 
 def _is_whole(activation: Tensor, batch: Batch) -> bool:

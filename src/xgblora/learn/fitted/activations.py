@@ -1,7 +1,7 @@
 """Forward passes that keep what a fit needs: what layers see, and the loss as a function of what leaves the last."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress, islice
 
 import torch
@@ -29,7 +29,7 @@ class Observed:
     batches: list[Batch]
     """What was forwarded."""
     inputs: list[Tensor]
-    """(T, in) for each layer that is fitted, in the model's dtype."""
+    """(T, in) for each layer that is fitted, as in :class:`Observation`."""
     written: Tensor | None
     """(T, hidden) float32, what the layers that are only turned down write together, without their biases."""
     hidden: Tensor
@@ -71,13 +71,10 @@ class Forwards:
         ]
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
             filled = (batch.filled() for batches in of_groups for batch in batches)
-            seen = self.base.observe(filled, fitted, [writer.base_layer for writer in writers])
-            observed = [self._observed(batches, seen, len(fitted)) for batches in of_groups]
-        if writers:
             with self.base.held():
-                biases = torch.stack([bias(writer, self.base.dtype) for writer in writers]).sum(0)
-            observed = [replace(part, written=part.written - biases) for part in observed if part.written is not None]
-        return observed
+                biases = {writer.base_layer: bias(writer, self.base.dtype) for writer in writers}
+            seen = self.base.observe(filled, fitted, biases)
+            return [self._observed(batches, seen, len(fitted)) for batches in of_groups]
 
     def _observed(self, batches: list[Batch], seen: Iterator[Observation], layers: int) -> Observed:
         """What the next observations say, which are those of ``batches``."""

@@ -17,7 +17,7 @@ from xgblora.learn.fitted.activations import Forwards, TailLoss, parts, scored
 from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.recipe import Fit, Recipe
 from xgblora.learn.fitted.teacher import Teacher, teach
-from xgblora.learn.fitted.writers import require_writers, turned_down, written_along
+from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
 from xgblora.learn.losses import AnswerLoss, OptionLoss
 from xgblora.randomness import Stream, generator
 
@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 MOST_READS = 2048
 """Predicting positions that one booster is fitted on at most: the fit takes time with the third power of them."""
+
+FAR_AHEAD = 0.8
+"""Loss of a teacher, as a share of the base's, below which some step of a first booster must come nearer to it."""
+
+ENOUGH_SEARCHED = 32
+"""Rows that find a step length; of fewer, that none does may be chance."""
 
 
 class BoostRecipe(Recipe):
@@ -70,7 +76,22 @@ class BoostRecipe(Recipe):
             start=start,
             shrinkage=self.config.xgblora_shrinkage,
         )
+        if self.adapters.boosters == self.first and booster.step_length == 0:
+            self._require_reached()
         return replace(booster, cost=cost + booster.cost)
+
+    def _require_reached(self) -> None:
+        """Raise :class:`XgbloraError` where a first booster without a step means that something is wrong."""
+        if self.teacher is None or len(self.searched) < ENOUGH_SEARCHED:
+            return
+        best, before = min(self.teacher.losses.values()), self.teacher.before
+        if best < FAR_AHEAD * before:
+            kind = type(self.adapters.model).__name__
+            raise XgbloraError(
+                f"--recipe boost: no step of the first booster comes nearer to its teacher (held-out loss {best:.2f}, "
+                f"the base has {before:.2f}): what it writes does not reach the head of {kind} as measured; use "
+                "--recipe classic"
+            )
 
     def _teach(self) -> tuple[Teacher, Cost]:
         """Fit the teacher to the model as it was before the first booster; a resumed run has some already."""
@@ -262,14 +283,17 @@ def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:
 
 
 def put(adapters: Adapters, learner: Learner, step: float) -> None:
-    """The learner as the pair in training: A = a_m, B = step * u / scaling; zero in layers that do not train.
+    """The learner as the pair in training: A = a_m, B = step * v / scaling; zero in layers that do not train.
 
-    In layers that are turned down, a_m = -gamma W_m^T u.
+    v is what the layer must give for u to arrive in the final hidden states: u itself, where it passes as it is. In
+    layers that are turned down, a_m = -gamma W_m^T v', with what they write along v' arriving along u.
     """
     inputs = iter(learner.inputs)
-    for (layer, _, _), down in zip(adapters.slices, turned_down(adapters), strict=True):
+    writers = writers_in_training(adapters)
+    for (layer, _, _), writer, down in zip(adapters.slices, writers, turned_down(adapters), strict=True):
         if down:
-            layer.lora_A.copy_(-learner.share * written_along(layer, learner.outputs[0], adapters.base.dtype))
+            along = writer.adjoint(learner.outputs[0])
+            layer.lora_A.copy_(-learner.share * written_along(layer, along, adapters.base.dtype))
         else:
             layer.lora_A.copy_(next(inputs))
     step_by(adapters, learner, step)
@@ -279,5 +303,5 @@ def step_by(adapters: Adapters, learner: Learner, step: float) -> None:
     """The learner that was put there, with another step."""
     for layer in adapters.layers.values():
         layer.lora_B.zero_()
-    for layer, _, _ in adapters.slices:
-        layer.lora_B.copy_(step / layer.scaling * learner.outputs.T)
+    for (layer, _, _), writer in zip(adapters.slices, writers_in_training(adapters), strict=True):
+        layer.lora_B.copy_(step / layer.scaling * writer.inverse(learner.outputs).T)

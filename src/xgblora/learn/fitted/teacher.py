@@ -19,9 +19,11 @@ MOST_TAUGHT = 4096
 class Teacher:
     """What the boosters are to make the model say: the probabilities of options, by example."""
 
-    def __init__(self, directions: int, losses: dict[bool, float], cost: Cost) -> None:
+    def __init__(self, directions: int, before: float, losses: dict[bool, float], cost: Cost) -> None:
         self.directions = directions
         """How many it moves final hidden states along."""
+        self.before = before
+        """Mean loss of the held-out examples with what the base says."""
         self.losses = losses
         """Mean loss of the held-out examples where it adds to what the base says along its directions (True), and
         where it replaces that (False). The better one is what it says."""
@@ -72,7 +74,7 @@ def teach(
         opinion: "keep" adds f to what the base says along them, "drop" replaces it by f, "auto" takes what has the
             lower loss on ``held``.
     """
-    before = forwards.tokens
+    tokens = forwards.tokens
     both = forwards.observe(examples, held, most=MOST_TAUGHT)
     seen, unseen = (replace(observed, written=None) for observed in both)
     kernel = Kernel(seen.inputs)
@@ -80,6 +82,7 @@ def teach(
     outputs: Tensor | None = None
     answers: dict[bool, tuple[Tensor, Tensor, float]] = {}
     with forwards.base.held():
+        before = check(unseen.hidden)[0].double().mean().item()
         for kept in (True,) if opinion == "keep" else (True, False):
             fitted, new = seen, unseen
             if outputs is not None:  # the directions are those with its opinion
@@ -90,8 +93,8 @@ def teach(
             probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
             answers[kept] = probabilities, check.probabilities(moved), check(moved)[0].double().mean().item()
     losses = {kept: answers[kept][2] for kept in answers if not (kept and opinion == "drop")}
-    cost = Cost(1, len(seen.examples) + len(unseen.examples), forwards.tokens - before)
-    teacher = Teacher(len(learner.outputs), losses, cost)
+    cost = Cost(1, len(seen.examples) + len(unseen.examples), forwards.tokens - tokens)
+    teacher = Teacher(len(learner.outputs), before, losses, cost)
     of_seen, of_unseen, _ = answers[min(losses, key=losses.__getitem__)]
     teacher.learn(seen, of_seen)
     teacher.learn(unseen, of_unseen)

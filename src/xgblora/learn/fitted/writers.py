@@ -1,5 +1,6 @@
 """The layers that write to the residual stream, and what they write along a direction of it."""
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -10,24 +11,17 @@ from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import AdaptedLinear
 from xgblora.adapters.targets import readable_names
 from xgblora.base import Base
+from xgblora.base.architecture import linear_shape
 from xgblora.base.packed import PackedLinear
+from xgblora.base.writers import Writer
 from xgblora.errors import XgbloraError
-
-ATTENTION_WRITERS = ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense")
-"""How architectures call the layer that writes a block's attention to the residual stream."""
-
-MLP_WRITERS = ("down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h")
-"""How they call the layer that writes a block's MLP."""
 
 PART_UNITS = 1024
 """Units of a layer's inputs that are asked about at once."""
 
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_attn", "c_fc", "query_key_value")
-"""Layers inside a block, which may be as wide as the residual stream and yet do not write to it."""
-
 
 def residual_writers(model: PreTrainedModel | Base) -> list[str]:
-    """Names of the layers that write attention and, where they are known, MLPs to the residual stream.
+    """Names of the layers that write attention and MLPs to the residual stream. They are measured.
 
     They are what ``--recipe boost`` adapts. Names that plain PEFT would not load are left out.
 
@@ -38,45 +32,59 @@ def residual_writers(model: PreTrainedModel | Base) -> list[str]:
         What :func:`xgblora.attach` takes as ``target_modules``.
 
     Raises:
-        XgbloraError: An architecture that calls those of the attention otherwise, or one where none is left.
+        XgbloraError: No layer does, as far as it can be measured, or none that is left.
 
     Example::
 
         attach(model, xgblora=True, target_modules=residual_writers(model))
     """
     base = Base.of(model)
-    names = [name for block in base.layers.values() for name, _ in block.named_modules()]
-    attention, mlp = (
-        [writer for writer in writers if any(_is_called(name, writer) for name in names)]
-        for writers in (ATTENTION_WRITERS, MLP_WRITERS)
-    )
-    if not attention:
+    kind = type(base.model).__name__
+    if not any(writer.mixes for writer in base.writers.values()):
         raise XgbloraError(
-            f"--recipe boost does not know which layers of {type(base.model).__name__} write to the residual stream: "
-            "name them with --lora_target_modules"
+            f"--recipe boost finds no layer of {kind} whose output reaches the residual stream in a way that it can "
+            "follow: use --recipe classic"
         )
-    if not (readable := readable_names(base, attention + mlp)):
+    of_attention, of_mlps = (
+        [name for name, writer in base.writers.items() if writer.mixes is mixes] for mixes in (True, False)
+    )
+    names = [*_short(base, of_attention), *_short(base, of_mlps)]
+    if not (readable := readable_names(base, names)):
         raise XgbloraError(
-            f"--recipe boost would adapt {', '.join(attention + mlp)} of {type(base.model).__name__}, where plain PEFT "
-            "takes no adapters: use --recipe classic"
+            f"--recipe boost would adapt {', '.join(names)} of {kind}, where plain PEFT takes no adapters: use "
+            "--recipe classic"
         )
     return readable
 
 
-def _is_called(name: str, writer: str) -> bool:
-    return name == writer or name.endswith("." + writer)
+def _short(base: Base, names: Sequence[str]) -> list[str]:
+    """As few words of each name as no other module has that a forward calls, in order."""
+    others = [name for name, module in base.model.named_modules() if linear_shape(module) and name not in set(names)]
+    short: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        short[next(end for end in ends if not any(other.endswith(f".{end}") for other in others))] = None
+    return list(short)
 
 
 def require_writers(adapters: Adapters) -> None:
     """Raise :class:`XgbloraError` where ``adapters`` cannot hold fitted boosters."""
     if adapters.rank != 1:
         raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
-    for name, layer in adapters.layers.items():
-        if layer.out_features != adapters.base.width or name.rpartition(".")[2] in READERS:
+    for name in adapters.layers:
+        if name not in adapters.base.writers:
             raise XgbloraError(
-                f"--recipe boost fits layers that write to the residual stream; {name} does not: leave out "
-                "--lora_target_modules (in a library: attach with target_modules=xgblora.residual_writers(model))"
+                f"--recipe boost fits layers that write to the residual stream; {name} does not, or not in a way that "
+                "it can follow: leave out --lora_target_modules (in a library: attach with "
+                "target_modules=xgblora.residual_writers(model))"
             )
+
+
+def writers_in_training(adapters: Adapters) -> list[Writer]:
+    """How what each layer that trains gives reaches the final hidden states, in the order of ``slices``."""
+    names = {layer: name for name, layer in adapters.layers.items()}
+    return [adapters.base.writers[names[layer]] for layer, _, _ in adapters.slices]
 
 
 def turned_down(adapters: Adapters) -> list[bool]:
@@ -84,8 +92,7 @@ def turned_down(adapters: Adapters) -> list[bool]:
 
     MLP layers are, beside attention layers that are fitted; alone they are fitted themselves.
     """
-    names = {layer: name for name, layer in adapters.layers.items()}
-    down = [any(_is_called(names[layer], writer) for writer in MLP_WRITERS) for layer, _, _ in adapters.slices]
+    down = [not writer.mixes for writer in writers_in_training(adapters)]
     return [False] * len(down) if all(down) else down
 
 
