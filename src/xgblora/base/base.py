@@ -15,7 +15,7 @@ from xgblora.base.attention import attending_packed, forward
 from xgblora.base.compilation import as_written, compiled
 from xgblora.base.cpu_layout import cpu_layout, return_freed_memory
 from xgblora.base.fingerprint import fingerprint
-from xgblora.base.head import log_probabilities, logits
+from xgblora.base.head import likeliest, log_probabilities, log_sum_of_others, logits
 from xgblora.base.layer_major import Turn, has_greenlets, in_waves, later, layer_major, no_turn, one_by_one, together
 from xgblora.base.observation import NO_BIASES, Observation, Passed, Watch, rows_read
 from xgblora.base.packed import budgeted_file
@@ -265,6 +265,14 @@ class Base:
             (targets,).
         """
         return log_probabilities(self.model, hidden, read, word)
+
+    def likeliest(self, hidden: Tensor, count: int) -> Tensor:
+        """The ``count`` likeliest words (reads, count) of each of some final hidden states (reads, hidden)."""
+        return likeliest(self.model, hidden, count)
+
+    def log_sum_of_others(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """Log of the sum of e^logit over all words but ``words``, (reads,) float32, of final hidden states."""
+        return log_sum_of_others(self.model, hidden, words)
 
     @contextmanager
     def held(self) -> Iterator[None]:

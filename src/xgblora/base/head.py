@@ -41,6 +41,30 @@ def log_probabilities(model: PreTrainedModel, hidden: Tensor, read: Tensor, word
     return torch.empty_like(together).index_copy(0, torch.cat(places), together)
 
 
+def likeliest(model: PreTrainedModel, hidden: Tensor, count: int) -> Tensor:
+    """The ``count`` likeliest words (reads, count) of each of some hidden states (reads, hidden)."""
+    best = hidden.new_empty(len(hidden), 0, dtype=torch.float32)
+    word = torch.empty(len(hidden), 0, dtype=torch.long, device=hidden.device)
+    for words in _vocabulary(model):
+        more, place = _logits(model, hidden, words).topk(min(count, words.stop - words.start), dim=1)
+        best, chosen = torch.cat([best, more], dim=1).topk(min(count, best.shape[1] + more.shape[1]), dim=1)
+        word = torch.cat([word, place + words.start], dim=1).gather(1, chosen)
+    return word
+
+
+def log_sum_of_others(model: PreTrainedModel, hidden: Tensor, words: Tensor) -> Tensor:
+    """Log of the sum of e^logit, (reads,) float32, over all words of the vocabulary but some."""
+
+    def chunk(hidden: Tensor, part: slice) -> Tensor:
+        inside = words[(words >= part.start) & (words < part.stop)] - part.start
+        return _logits(model, hidden, part).index_fill(1, inside, -torch.inf).logsumexp(1)
+
+    parts = [
+        checkpoint(chunk, hidden, part, use_reentrant=False, preserve_rng_state=False) for part in _vocabulary(model)
+    ]
+    return torch.stack(parts).logsumexp(0)
+
+
 def _log_probabilities(model: PreTrainedModel, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
     def chunk(hidden: Tensor, words: slice) -> tuple[Tensor, Tensor]:
         of_words = _logits(model, hidden, words)

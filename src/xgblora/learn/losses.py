@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -144,14 +145,24 @@ class TextLoss(AnswerLoss):
         return bent.gather(1, label[:, None])[:, 0]
 
 
-def option_scores(base: Base, hidden: Tensor, batch: Batch, normalised: bool = False) -> Tensor:
+class Head(Protocol):
+    """What scores options: a base, or what stands for its head."""
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """As :meth:`Base.logits`."""
+
+    def log_probabilities(self, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
+        """As :meth:`Base.log_probabilities`."""
+
+
+def option_scores(head: Head, hidden: Tensor, batch: Batch, normalised: bool = False) -> Tensor:
     """Mean token log-probability of each option.
 
     When every option is a single token and ``normalised`` is False, the logits of these tokens alone are taken: the
     log-softmax over the vocabulary would subtract the same number from all options of an example.
 
     Args:
-        base: The model whose head is asked.
+        head: A base, or what stands for its head.
         hidden: Final hidden states (reads, hidden) of ``batch``.
         batch: What was forwarded.
         normalised: Take the whole vocabulary in any case.
@@ -161,9 +172,9 @@ def option_scores(base: Base, hidden: Tensor, batch: Batch, normalised: bool = F
     """
     if batch.single_token and not normalised:
         words, column = torch.unique(batch.target, return_inverse=True)
-        token_scores = base.logits(hidden, words)[batch.target_read, column]
+        token_scores = head.logits(hidden, words)[batch.target_read, column]
     else:
-        token_scores = base.log_probabilities(hidden, batch.target_read, batch.target)
+        token_scores = head.log_probabilities(hidden, batch.target_read, batch.target)
     options = batch.option_cell.numel()
     total = token_scores.new_zeros(options).index_add(0, batch.target_option, token_scores)
     mean = total / torch.bincount(batch.target_option, minlength=options)

@@ -14,12 +14,19 @@ from xgblora.base.layer_major import Turn, no_turn
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch, split_by_tokens
 from xgblora.learn.fitted.recipe import no_note
+from xgblora.learn.fitted.short_head import LIKELIEST, ShortHead
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import bias, turned_down
 from xgblora.learn.losses import AnswerLoss, divergences
 
 PART_TOKENS = 1024
 """Tokens of one forward."""
+
+GROUP_READS = 256
+"""Predicting positions whose options are scored at once, where that takes the whole vocabulary."""
+
+WORTHWHILE = 4
+"""How many times as many words a vocabulary must have as would be listed of it."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,9 @@ class TailLoss:
     def __init__(self, forwards: Forwards, seen: Observed, targets: Tensor | None = None) -> None:
         self.tail = forwards.tail
         self.loss = forwards.loss
-        batches = seen.batches
-        if all(batch.single_token for batch in batches):  # few rows of the head: one call for all
-            batches = [build_batch(seen.examples, batches[0].packed).to(seen.hidden.device)]
+        batches = list(self._grouped(seen))
         self.parts: list[tuple[Batch, slice]] = []
+        self.heads: list[ShortHead | None] = [None] * len(batches)
         start = 0
         for batch in batches:
             stop = start + batch.read.numel()
@@ -125,14 +131,45 @@ class TailLoss:
             split = targets.split([batch.segments for batch in batches])
             self.targets = [rows[:, : batch.max_options] for rows, batch in zip(split, batches, strict=True)]
 
+    def _grouped(self, seen: Observed) -> Iterator[Batch]:
+        """What was forwarded in fewer batches: few words of the head are asked for, so one call may score many."""
+        packed, device = seen.batches[0].packed, seen.hidden.device
+        single = not self.loss.normalised and all(batch.single_token for batch in seen.batches)
+        group: list[Example] = []
+        reads = 0
+        for batch in seen.batches:
+            if group and not single and reads + batch.read.numel() > GROUP_READS:
+                yield build_batch(group, packed).to(device)
+                group, reads = [], 0
+            group += batch.examples
+            reads += batch.read.numel()
+        yield build_batch(group, packed).to(device)
+
+    def expand(self, hidden: Tensor | None) -> None:
+        """Take a part of the vocabulary from now on, close to ``hidden`` (T, hidden); None: all of it again."""
+        self.heads = [None] * len(self.parts)
+        if hidden is None:
+            return
+        base = self.tail.base[0]
+        for number, (batch, reads) in enumerate(self.parts):
+            if self.loss.normalised or not batch.single_token:
+                words = torch.unique(batch.target)
+                if (len(words) + LIKELIEST * (reads.stop - reads.start)) * WORTHWHILE < base.vocabulary:
+                    self.heads[number] = ShortHead(base, self.tail(hidden[reads]), words)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it takes all of the vocabulary that the loss asks for."""
+        return not any(self.heads)
+
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (examples,) of ``hidden`` (T, hidden), and the gradient of their sum, (T, hidden)."""
         gradient = torch.empty_like(hidden)
         losses = []
-        for (batch, reads), targets in zip(self.parts, self.targets, strict=True):
+        for (batch, reads), head, targets in zip(self.parts, self.heads, self.targets, strict=True):
             part = hidden[reads].detach().requires_grad_()
             with torch.enable_grad():
-                scores = self.tail.scores(part, batch, self.loss.normalised)
+                scores = self.tail.scores(part, batch, self.loss.normalised, head)
                 of_part = scored(self.loss, scores, batch, targets)
                 (gradient[reads],) = torch.autograd.grad(of_part.sum(), part)
             losses.append(of_part.detach())
@@ -148,9 +185,10 @@ class TailLoss:
         """Mean second derivative of an example's loss along ``direction`` (hidden,), as the loss takes it."""
         step = 0.01 * hidden.square().mean().sqrt() * hidden.shape[1] ** 0.5
         bends = []
-        for batch, reads in self.parts:
+        for (batch, reads), head in zip(self.parts, self.heads, strict=True):
+            near = None if self.loss.normalised else head  # a part of the vocabulary has all slopes, not all curvature
             ahead, here, behind = (
-                self.tail.scores(hidden[reads] + sign * step * direction, batch, self.loss.normalised)
+                self.tail.scores(hidden[reads] + sign * step * direction, batch, self.loss.normalised, near)
                 for sign in (1, 0, -1)
             )
             bends.append(self.loss.curvature((ahead, here, behind), step, batch.label))

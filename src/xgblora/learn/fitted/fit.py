@@ -12,6 +12,12 @@ from xgblora.learn.fitted.activations import Observed, TailLoss
 MINOR = 0.01
 """Share of what a reduced-rank regression explains, below which a direction is left out."""
 
+MOST_EXPANSIONS = 6
+"""How often the head is expanded again, where the fit has gone to."""
+
+EXACT = 1e-3
+"""Share by which the loss of a part of the vocabulary may differ from the whole one's where a fit ends."""
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -112,13 +118,13 @@ def fit(
     penalty = ridge * kernel.variance
     if outputs is None:
         outputs = _explaining(kernel, penalty, -uphill, directions)
+    loss.expand(seen.hidden)
     weight = penalty * torch.tensor([loss.curvature(seen.hidden, u) for u in outputs], device=outputs.device)
 
     root = kernel.root  # f = root @ b and sum |a_m|^2 = |b|^2 with the Gram matrix = root @ root.T
     opinion = seen.hidden.new_zeros(len(root), 1) if seen.written is None else seen.written @ outputs.T
     unit = root.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # the size of the others together
     b = nn.Parameter(root.new_zeros(len(root) + 1, len(outputs)))  # last row: gamma / unit
-    optimizer = torch.optim.LBFGS([b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def change(b: Tensor) -> Tensor:
         return root @ b[:-1] - unit * opinion * b[-1]
@@ -130,7 +136,16 @@ def fit(
         b.grad[:-1] += weight * b.detach()[:-1]
         return losses.double().sum() + 0.5 * (weight * b[:-1].double().square()).sum()
 
-    optimizer.step(closure)
+    for _ in range(MOST_EXPANSIONS):
+        optimizer = torch.optim.LBFGS([b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+        optimizer.step(closure)
+        if loss.whole:
+            break
+        reached = closure().item()
+        loss.expand(seen.hidden + change(b.detach()) @ outputs)
+        if abs(closure().item() - reached) <= EXACT * abs(reached):
+            break
+    loss.expand(None)
     best = b.detach()
     dual = torch.linalg.solve_triangular(kernel.cholesky.T, best[:-1].double(), upper=True).float()
     inputs = [scale**2 * (dual.T @ x.float()) for x, scale in zip(seen.inputs, kernel.scales, strict=True)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from xgblora.base import Base
 from xgblora.data.batch import Batch, Example
 from xgblora.errors import XgbloraError, naming
-from xgblora.learn.losses import option_scores
+from xgblora.learn.losses import Head, option_scores
 
 
 class Tail(nn.Module):
@@ -67,6 +67,6 @@ class Tail(nn.Module):
             hidden = step(hidden)
         return hidden
 
-    def scores(self, hidden: Tensor, batch: Batch, normalised: bool) -> Tensor:
+    def scores(self, hidden: Tensor, batch: Batch, normalised: bool, head: Head | None = None) -> Tensor:
         """Option scores (segments, options) of hidden states (reads, hidden) behind the last decoder layer."""
-        return option_scores(self.base[0], self(hidden), batch, normalised)
+        return option_scores(head or self.base[0], self(hidden), batch, normalised)
