@@ -76,6 +76,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "num_eval": (SHORT, "9"),
     "train_set_seed": (SHORT, "1"),
     "max_length": (SHORT, "12"),
+    "prompt_beginning": (SHORT, "A film."),
     "train_as_classification": (SHORT, "false"),
     "only_train_option": (f"{SHORT} --train_as_classification false", "false"),
     "reward": (SHORT, "f1"),

@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(chatty)
     for name, task, flags in (
-        ("chosen", TASK, "--recipe boost --boost_boosters 3"),
+        ("chosen", TASK, "--recipe boost --boost_boosters 3 --early_stopping_boosters 0"),
         ("written", WRITES, "--max_steps 2"),
         ("said", CHATS, f"--max_steps 2 --model_name {chatty.as_posix()}"),
     ):
@@ -243,6 +243,23 @@ def test_calibration_by_hand(runs: Path, say: Say) -> None:
     error = sum(abs(sum(p for p, _ in group) - sum(right for _, right in group)) for group in bins.values()) / len(rows)
     _, out, _ = say("eval", runs / "chosen", "--file", runs / "test.csv", "--format", "json")
     assert json.loads(out)["calibration_error"] == pytest.approx(error, abs=1e-4)
+
+
+def test_a_run_whose_prompts_begin_with_something_is_asked_alike(
+    runs: Path, say: Say, tmp_path: Path, model_folder: Path
+) -> None:
+    folder = tmp_path / "begun"
+    flags = f"--model_name {model_folder} --task_file {runs / 'chosen.yaml'} --num_eval 24 --max_steps 2 --use_cpu true"
+    assert main(f"train {flags} --prompt_beginning auto --disable_tqdm true --output_dir {folder}".split()) == 0
+    assert load_task(folder / "adapter" / "task.yaml", rows=False).beginning == "\n"
+    assert r"In front of every prompt stands '\n'" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    code, out, err = say("eval", folder, "--file", runs / "test.csv", "--format", "json")
+    assert code == 0, err
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert json.loads(out)["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert main(["stages", str(folder)]) == 0
+    stages = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
+    assert stages[-1]["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
 def test_a_conversation_remembers_what_was_said(runs: Path, say: Say) -> None:

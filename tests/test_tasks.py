@@ -1,15 +1,18 @@
 """Tasks: prompts, options, token ids, and rows that never meet on both sides."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 from datasets import Dataset
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from conftest import LogLines, byte_tokenizer, write_rows
 from xgblora import XgbloraError, encode, get_task, load_model, load_splits, sample
-from xgblora.tasks import TASKS, Question, Task
+from xgblora.tasks import TASKS, Chat, Question, Task, begun
 
 SST2 = TASKS["SST2"]
 
@@ -60,18 +63,50 @@ def test_long_prompts_lose_their_beginning_with_one_counted_warning(log_lines: L
     assert log_lines.lines == ["2 of 3 prompts were longer than 20 tokens with their options and lost their beginning"]
 
 
-def test_a_first_special_token_survives_the_cut() -> None:
-    from tokenizers import processors
-
+def opening_tokenizer() -> PreTrainedTokenizerFast:
+    """Opens every text with a special token."""
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
+    return tokenizer
+
+
+def test_a_first_special_token_survives_the_cut() -> None:
+    tokenizer = opening_tokenizer()
     example = encode(SST2, [{"sentence": "long " * 20, "label": 0}], tokenizer, 20)[0]
     assert len(example.prompt) == 19
     assert example.prompt[0] == tokenizer.bos_token_id
     assert tokenizer.decode(example.prompt[1:]).endswith("long It was")
     assert [len(option) for option in example.options] == [1, 1], "options must not begin with the special token"
+
+
+def test_prompts_begin_as_asked() -> None:
+    plain, opening = byte_tokenizer(), opening_tokenizer()
+    assert begun(SST2, "none", plain) is SST2
+    assert begun(SST2, "auto", plain).beginning == "\n"
+    assert begun(SST2, "auto", opening) is SST2  # it has a beginning
+    stated = replace(SST2, beginning="Film: ")
+    assert begun(stated, "auto", plain) is stated
+    assert begun(stated, "A review.", opening).beginning == "A review."
+    chat = Chat("talk", "messages", {})
+    assert begun(chat, "auto", plain) is chat
+    with pytest.raises(XgbloraError, match="begin as the model's template says"):
+        begun(chat, "Hello", plain)
+
+
+def test_a_beginning_stands_in_front_of_everything_and_stays(log_lines: LogLines) -> None:
+    tokenizer = byte_tokenizer()
+    rows = [{"sentence": "good", "label": 1}, {"sentence": "long " * 20, "label": 0}]
+    begins = replace(SST2, beginning="\n>")
+    short, cut = encode(begins, rows, tokenizer, 24)
+    assert tokenizer.decode(short.prompt) == "\n>good It was"
+    assert tokenizer.decode(short.null_prompt) == "\n>It was"
+    assert len(cut.prompt) == 23
+    assert tokenizer.decode(cut.prompt).startswith("\n>")
+    assert log_lines.containing("lost their beginning")
+    (shown,) = encode(begins, rows[:1], tokenizer, 128, demonstrations=rows[:1])
+    assert tokenizer.decode(shown.prompt) == "\n>good It was great\n\ngood It was"
 
 
 @pytest.mark.parametrize(

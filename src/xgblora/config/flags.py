@@ -132,6 +132,11 @@ class Flags(TrainingArguments):
     num_eval: int = flag(1000, "Evaluation examples, sampled from the test (else validation) split.", at_least(1))
     train_set_seed: int = flag(0, "Seed of the sample of training and development examples.", NOT_NEGATIVE)
     max_length: int = flag(2048, "Tokens of prompt and option; longer prompts lose their beginning.", at_least(2))
+    prompt_beginning: str = flag(
+        "none",
+        "What stands in front of every prompt. none: what the task says; auto: a line break where neither the task nor "
+        "the tokenizer begins with something; or a text of your own. One token there is worth a point or two.",
+    )
     train_as_classification: bool | None = flag(
         None,
         "Loss: cross-entropy over the options' mean log-probabilities (false: language model). Default: the task's.",

@@ -82,6 +82,8 @@ def _question(task: Task | Chat) -> str:
     if isinstance(task, Chat):
         return "Conversations in the model's own chat template; it writes the assistant's next turn."
     prompt = f"```\n{task.prompt}\n```"
+    if task.beginning:
+        prompt += f"\n\nIn front of every prompt stands {task.beginning!r}."
     if task.generation is not None:
         return f"{prompt}\n\nThe model writes the answer, at most {task.generation.max_new_tokens} tokens."
     if isinstance(task.options, str):

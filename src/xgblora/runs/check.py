@@ -25,7 +25,7 @@ from xgblora.runs.folder import task_of
 from xgblora.runs.memory import free, predict, predict_seconds
 from xgblora.runs.run import attach_for
 from xgblora.runs.workspace import hide_bars
-from xgblora.tasks import encode, load_splits, sample
+from xgblora.tasks import begun, encode, load_splits, sample
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ def _fits(config: CheckConfig, configured: RunConfig) -> bool:
         train = sample(
             load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
         ).train
-        rows = encode(task, train, load_tokenizer(config.model_name, config.trust_remote_code), length)
+        tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
+        rows = encode(begun(task, config.prompt_beginning, tokenizer), train, tokenizer, length)
     except XgbloraError as error:
         logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
         rows = [Example([1] * (length - 1), [[1], [2]], 0)] * configured.per_device_train_batch_size

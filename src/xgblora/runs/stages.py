@@ -13,7 +13,7 @@ from xgblora.runs.workspace import Workspace
 
 STAGES = "stages.json"
 WORKSPACE = (
-    "model_name task_name task_file data_dir num_train num_dev num_eval train_set_seed max_length "
+    "model_name task_name task_file data_dir num_train num_dev num_eval train_set_seed max_length prompt_beginning "
     "train_as_classification only_train_option per_device_eval_batch_size disable_tqdm"
 ).split()
 """Settings of a run that say which model sees which rows."""

@@ -19,7 +19,7 @@ from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward, RewardFunction, load_reward
 from xgblora.randomness import Stream, generator
 from xgblora.runs.folder import contents, task_of
-from xgblora.tasks import encode, load_splits, sample
+from xgblora.tasks import begun, encode, load_splits, sample
 
 Scores = tuple[Evaluation, Evaluation | None]
 """Of the evaluation rows and of the dev rows; None where there are none."""
@@ -65,6 +65,7 @@ class Workspace:
             raise XgbloraError(message)
 
         model, self.tokenizer = load_configured(config)
+        self.task = begun(self.task, config.prompt_beginning, self.tokenizer)
         self.base = Base(model.to(config.device))
         writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
         self.loss: AnswerLoss = OptionLoss() if self.classification else TextLoss(writer)

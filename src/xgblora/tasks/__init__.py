@@ -6,7 +6,7 @@ from xgblora.errors import XgbloraError, did_you_mean
 from xgblora.tasks.bounds import load_yaml
 from xgblora.tasks.chat import Chat
 from xgblora.tasks.data import Samples, data_files, load_splits, read_rows, sample
-from xgblora.tasks.encode import encode
+from xgblora.tasks.encode import begun, encode
 from xgblora.tasks.file import load_task, task_text
 from xgblora.tasks.rotten_tomatoes import ROTTEN_TOMATOES
 from xgblora.tasks.task import Generation, Hub, Metric, Question, Task
@@ -53,6 +53,7 @@ __all__ = [
     "Question",
     "Samples",
     "Task",
+    "begun",
     "data_files",
     "encode",
     "get_task",

@@ -21,6 +21,9 @@ MANY = 32
 SEAM = 8
 """Characters that such prompts have in common at their ends."""
 
+OPENING = "\n"
+"""In front of prompts, of what was tried the best single token (docs/experiments.md, section 7)."""
+
 BETWEEN = "\n\n"
 """Between demonstrations, and between the last one and the prompt."""
 
@@ -69,12 +72,13 @@ def encode(
         return []
     if task.generation:
         max_length -= task.generation.max_new_tokens
+    first = len(tokenizer(task.beginning)["input_ids"])  # what opens every text (BOS), and every prompt
     if shown := [question.answered + BETWEEN for question in _questions(task, demonstrations, True)]:
-        questions = _in_context(questions, shown, tokenizer, max_length)
+        questions = _in_context(questions, shown, tokenizer, max_length - first)
+    questions = [_behind_beginning(task.beginning, question) for question in questions]
     prompts = tokenizer([question.prompt for question in questions])["input_ids"]
     options = _options(questions, prompts, tokenizer)
     nulls = {text: tuple(tokenizer(text)["input_ids"]) if text else () for text in {q.null_prompt for q in questions}}
-    first = len(tokenizer("")["input_ids"])  # special tokens that open every text (BOS)
     cut = 0
     examples = []
     for number, (row, question, prompt, ids) in enumerate(zip(rows, questions, prompts, options, strict=True), start=1):
@@ -88,6 +92,34 @@ def encode(
         room = f"{max_length} tokens with their options"
         logger.warning("%d of %d prompts were longer than %s and lost their beginning", cut, len(examples), room)
     return examples
+
+
+def begun(task: Task | Chat, beginning: str, tokenizer: Tokenizer) -> Task | Chat:
+    """A task whose prompts begin with a token that says nothing, where attention goes that has nowhere to go.
+
+    Without one that is a word of the text, which costs points (Xiao et al. 2023, arXiv 2309.17453).
+
+    Args:
+        task: As it is stated. Conversations begin as their template says.
+        beginning: "none": as stated. "auto": as stated where that, or the tokenizer, has a beginning, else
+            OPENING. Another text: that one.
+        tokenizer: The model's.
+
+    Raises:
+        XgbloraError: A text of one's own is to open conversations.
+    """
+    if isinstance(task, Chat):
+        if beginning not in ("none", "auto"):
+            raise XgbloraError(f"{task.name} is made of conversations, which begin as the model's template says")
+        return task
+    if beginning == "none" or (beginning == "auto" and (task.beginning or tokenizer("")["input_ids"])):
+        return task
+    return replace(task, beginning=OPENING if beginning == "auto" else beginning)
+
+
+def _behind_beginning(beginning: str, question: Question) -> Question:
+    null = question.null_prompt and beginning + question.null_prompt
+    return replace(question, prompt=beginning + question.prompt, null_prompt=null)
 
 
 def _questions(task: Task, rows: Iterable[Mapping[str, Any]], answered: bool) -> list[Question]:

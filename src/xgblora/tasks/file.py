@@ -98,7 +98,7 @@ def _task(content: Any, path: Path, rows: bool) -> Task | Chat:
     for key in ("prompt", "options", "answer"):
         if not values.get(key) and not (key == "options" and "generation" in values):
             raise XgbloraError(f"{key} is missing")
-    for key in ("name", "prompt", "null_prompt", "answer", "option"):
+    for key in ("name", "prompt", "beginning", "null_prompt", "answer", "option"):
         if not isinstance(values.get(key, ""), str):
             raise XgbloraError(f"{key} is a text, not {values[key]!r}")
     for key in ("options", "labels"):

@@ -94,6 +94,8 @@ class Task:
     """Development rows by default."""
     generation: Generation | None = None
     """How answers are written, where they are."""
+    beginning: str = ""
+    """What stands in front of every prompt, as it is: no template."""
     null_prompt: str = ""
     """Jinja template of a prompt that asks nothing, for calibrated scores (Holtzman et al. 2021, arXiv 2104.08315)."""
 
