@@ -219,7 +219,7 @@ def follow(model: PreTrainedModel, boosters: int = 6) -> tuple[float, float]:
     adapters = attach(base, 1, 16, residual_writers(base), xgblora=True)
     forwards = Forwards(adapters, OptionLoss())
     rows, searched = questions(120, 0), questions(60, 1)
-    teacher = teach(forwards, rows, searched, ridge=1e-3)
+    teacher = teach(forwards, rows, searched, ridge=0.1)
     left = math.inf
     for number in range(boosters):
         left = boost(forwards, rows, searched, ridge=0.03, teacher=teacher).after

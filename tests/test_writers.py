@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GraniteConfig, OPTConfig, PreTrainedModel
 
 from architectures import follow, tiny, uneven
-from conftest import ARCHITECTURES, build, examples
+from conftest import ARCHITECTURES, LogLines, build, examples
 from xgblora import Base, OptionLoss, RunConfig, XgbloraError, attach, residual_writers
 from xgblora.base.observation import rows_read
 from xgblora.base.prefix import Prefix
@@ -218,3 +218,23 @@ def test_a_first_booster_that_comes_no_nearer_to_its_teacher_is_an_error(tmp_pat
     rows = recipe.split(examples(300))
     with pytest.raises(XgbloraError, match="no step of the first booster comes nearer to its teacher"), torch.no_grad():
         recipe.fit(rows, 1.0)
+
+
+def test_layers_that_cannot_be_computed_again_are_refused_in_a_line(log_lines: LogLines) -> None:
+    model = build(ARCHITECTURES["llama"])
+    base = Base(model)
+    assert base.packed
+    for layer in base.layers.values():
+        calls = iter([None])  # one, and then an error
+        layer.input_layernorm.register_forward_hook(lambda *_, calls=calls: next(calls))
+    with pytest.raises(XgbloraError, match="finds no layer of LlamaForCausalLM"):
+        residual_writers(base)
+    assert log_lines.containing("LlamaDecoderLayer cannot be computed again: ")
+
+
+def test_an_output_that_turns_into_another_direction_is_no_writers() -> None:
+    """A change that arrives elsewhere has no gain; nothing follows it."""
+    base = Base(build(ARCHITECTURES["llama"]))
+    for layer in base.layers.values():
+        layer.self_attn.register_forward_hook(lambda _, __, output: (output[0].roll(1, -1), *output[1:]))
+    assert {name.rpartition(".")[2] for name in base.writers} == {"down_proj"}

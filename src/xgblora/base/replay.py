@@ -5,6 +5,8 @@ recorded. So a small change of what one of them gives takes its direct way out o
 that would read it on its way say what they said. Nothing is known of the architecture, and no weight is read.
 """
 
+import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from torch.func import functional_call
 
 from xgblora.base.architecture import linear_shape
 from xgblora.base.swap import StandIn, swap
+from xgblora.errors import one_line
+
+logger = logging.getLogger(__name__)
 
 NUDGE = 0.03
 """Size of a change, as a share of what it is added to: small to a norm, large to float32."""
@@ -34,7 +39,7 @@ class Response:
     strength: Tensor
     """(positions,) float32, 1 in the mean."""
     explained: float
-    """Share of the squared change that it accounts for, up to 1; NaN where there is none."""
+    """Share of the squared change that it accounts for, up to 1."""
     straight: bool
     """The change arrives as it is."""
 
@@ -175,7 +180,8 @@ class Replay:
         gain, strength = gain * strength.mean(), strength / strength.mean()
         left = moved - strength[:, None] * gain * signs
         straight = (moved - signs).square().mean().item() < 1e-4
-        return Response(gain, strength, 1 - _ratio(left, moved), straight)
+        explained = 1 - _ratio(left, moved)
+        return Response(gain, strength, explained if math.isfinite(explained) else 0.0, straight)
 
     def strength(self, place: nn.Module, gain: Tensor) -> Tensor:
         """The strength (positions,) beside a ``gain`` that is known."""
@@ -195,7 +201,11 @@ class Replay:
 
     def reproduces(self) -> bool:
         """Whether the layer, computed again without a change, gives what it gave, up to its precision."""
-        again = self.with_change(self.layer, torch.zeros_like(self.entered))
+        try:
+            again = self.with_change(self.layer, torch.zeros_like(self.entered))
+        except Exception as error:  # whatever a foreign layer raises, in another precision and without its weights
+            logger.info("%s cannot be computed again: %s", type(self.layer).__name__, one_line(error, 100))
+            return False
         return again.shape == self.output.shape and _ratio(again - self.output.float(), again) < 1e-3
 
 
