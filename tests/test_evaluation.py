@@ -93,8 +93,8 @@ def test_a_model_is_measured_and_laid_out_once_for_many_predictions(monkeypatch:
     expected = predict(model, tokenizer, task, texts)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     measured, laid_out = [], []
-    route, layer = base._measure_route, cpu_layout.ReorderedLinear.__init__
-    monkeypatch.setattr(base, "_measure_route", lambda model: measured.append(1) or route(model))
+    route, layer = base.measure_route, cpu_layout.ReorderedLinear.__init__
+    monkeypatch.setattr(base, "measure_route", lambda bases: measured.append(1) or route(bases))
     monkeypatch.setattr(
         cpu_layout.ReorderedLinear, "__init__", lambda self, source: laid_out.append(1) or layer(self, source)
     )

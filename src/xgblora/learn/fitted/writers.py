@@ -58,8 +58,9 @@ def residual_writers(model: PreTrainedModel | Base) -> list[str]:
 
 
 def _short(base: Base, names: Sequence[str]) -> list[str]:
-    """As few words of each name as no other module has that a forward calls, in order."""
-    others = [name for name, module in base.model.named_modules() if linear_shape(module) and name not in set(names)]
+    """As few words of each name, from its end, as no other linear module ends with; in order."""
+    asked = set(names)
+    others = [name for name, module in base.model.named_modules() if linear_shape(module) and name not in asked]
     short: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
