@@ -114,7 +114,7 @@ def test_behind_a_norm_the_gain_is_its_weight_and_the_strength_is_one_over_what_
     norm, writer = layer.post_attention_layernorm, base.writers["model.layers.1.self_attn.o_proj"]
     weight = 1 + norm.weight
     torch.testing.assert_close(writer.gain / writer.gain.norm(), weight / weight.norm(), atol=0.02, rtol=0)
-    batch, rms = base.batch(examples(12)), Tensor()
+    batch = base.batch(examples(12))
     seen: list[Tensor] = []
 
     def keep(replay: Replay) -> None:
@@ -157,9 +157,8 @@ def test_hooks_of_others_see_one_forward() -> None:
     calls.clear()
     assert len(base.writers) == 4
     mixing = [name for name in set(calls) if calls.count(name) > 1 and not name.endswith(("o_proj", "down_proj"))]
-    assert {name.split(".")[2] for name in mixing} <= {
-        "0"
-    }  # a layer is run once more to see whether it mixes positions
+    # The first layer of its kind is run again to see what mixes positions.
+    assert {name.split(".")[2] for name in mixing} <= {"0"}
     assert all(calls.count(name) == 1 for name in calls if name.endswith(("o_proj", "down_proj")))
 
 

@@ -150,13 +150,13 @@ def measure_writers(layers: Mapping[str, nn.Module], forward: Callable[[], objec
         width: Of the residual stream.
     """
     outer = {name: layer for name, layer in layers.items() if not any(name.startswith(f"{other}.") for other in layers)}
-    passed: list[_Passed] = []
+    calls: list[_Call] = []
     mixing: dict[tuple[object, ...], list[bool]] = {}
 
     def look(name: str, replay: Replay) -> None:
         through = replay.response(replay.layer) if replay.output.shape[-1] == width and replay.reproduces() else None
         if through is None:
-            passed.append(_Passed(name, None, {}, []))
+            calls.append(_Call(name, None, {}, []))
             return
         responses = {
             part: response
@@ -168,17 +168,17 @@ def measure_writers(layers: Mapping[str, nn.Module], forward: Callable[[], objec
         kind = type(replay.layer), *((part, type(module)) for part, module in replay.weights.items()), *responses
         if kind not in mixing:
             mixing[kind] = replay.mixing(places)
-        passed.append(_Passed(name, through, responses, mixing[kind]))
+        calls.append(_Call(name, through, responses, mixing[kind]))
 
     with ExitStack() as open_replays:
         for name, layer in outer.items():
             open_replays.enter_context(Replay(layer, partial(look, name)))
         forward()
-    return _with_ways_up(passed)
+    return _with_ways_up(calls)
 
 
 @dataclass(frozen=True)
-class _Passed:
+class _Call:
     """What a call of a decoder layer showed."""
 
     layer: str
@@ -189,21 +189,21 @@ class _Passed:
     mixes: Sequence[bool]
 
 
-def _with_ways_up(passed: Sequence[_Passed]) -> dict[str, Writer]:
-    """The writers that can be followed up to the last layer, given what was passed, in order."""
-    calls = Counter(seen.layer for seen in passed)
+def _with_ways_up(calls: Sequence[_Call]) -> dict[str, Writer]:
+    """The writers that can be followed up to the last layer, given the calls of all layers, in order."""
+    times = Counter(call.layer for call in calls)
     writers: dict[str, Writer] = {}
     up: dict[str, Way] = {}
     explained = 1.0
-    for seen in reversed(passed):
-        for (part, response), mixes in reversed(list(zip(seen.responses.items(), seen.mixes, strict=True))):
+    for call in reversed(calls):
+        for (part, response), mixes in reversed(list(zip(call.responses.items(), call.mixes, strict=True))):
             least = min(explained, response.explained)
-            if calls[seen.layer] == 1 and least >= LEAST_EXPLAINED:
-                writers[f"{seen.layer}.{part}"] = Writer(seen.layer, mixes, Way.of(response), dict(up), least)
-        if seen.through is None:
+            if times[call.layer] == 1 and least >= LEAST_EXPLAINED:
+                writers[f"{call.layer}.{part}"] = Writer(call.layer, mixes, Way.of(response), dict(up), least)
+        if call.through is None:
             break
-        way = Way.of(seen.through)
+        way = Way.of(call.through)
         if way.gain is not None:
-            explained = min(explained, seen.through.explained) if calls[seen.layer] == 1 else 0.0
-            up[seen.layer] = way
+            explained = min(explained, call.through.explained) if times[call.layer] == 1 else 0.0
+            up[call.layer] = way
     return dict(reversed(writers.items()))
