@@ -117,6 +117,52 @@ def test_peft_loads_what_is_saved(
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def with_rounds(model: PreTrainedModel, randomise: Callable[..., None]) -> tuple[Adapters, Ledger]:
+    """Boosters of rank 1, 3 and 2, and a pair in training of rank 2."""
+    adapters, ledger = with_boosters(model, randomise, 1)
+    adapters.new_pair(1)
+    for number, rank in enumerate((3, 2), start=1):
+        adapters.resize_pair(rank)
+        randomise(adapters, number)
+        ledger.merge(number + 1, f"step {number + 1}", 0.5)
+    randomise(adapters, 7)
+    return adapters, ledger
+
+
+def test_boosters_of_several_ranks_count_as_one_each(tmp_path: Path, randomise: Callable[..., None]) -> None:
+    """Saved, loaded by PEFT and by us, the first ones alone, and cut off: always whole boosters."""
+    model = build(ARCHITECTURES["llama"])
+    adapters, ledger = with_rounds(model, randomise)
+    assert (adapters.boosters, adapters.ranks, adapters.total_rank) == (3, [1, 3, 2], 8)
+    assert [booster.rank for booster in ledger.boosters] == [1, 3, 2]
+    for number, rows in enumerate((slice(0, 1), slice(1, 4), slice(4, 6))):
+        updates = [16 * layer.booster_B[:, rows] @ layer.booster_A[rows] for layer in adapters.layers.values()]
+        norm = sum(update.double().square().sum() for update in updates) ** 0.5
+        assert ledger.boosters[number].norm == pytest.approx(norm.item(), rel=1e-5)
+    ledger.save(tmp_path)
+    theirs = PeftModel.from_pretrained(build(ARCHITECTURES["llama"]), tmp_path)
+    assert theirs.peft_config["default"].r == 8
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    logits = []
+    for count in range(5):
+        with adapters.first(count):
+            assert adapters.boosters == min(count, 3)
+            logits.append(model(IDS).logits)
+    assert torch.equal(logits[4], model(IDS).logits)
+    for count in (4, 3, 2, 1, 0):
+        again = build(ARCHITECTURES["llama"])
+        loaded = load_adapters(again, tmp_path)
+        assert loaded.boosters == ledger.boosters
+        loaded.truncate(count)
+        assert loaded.adapters.boosters == max(count - 1, 0)
+        torch.testing.assert_close(again(IDS).logits, logits[count], rtol=1e-5, atol=1e-5)
+        assert loaded.adapters.rank == {4: 2, 3: 2, 2: 3}.get(count, 1 if count else 2)
+        loaded.save(tmp_path / str(count))
+        once_more = build(ARCHITECTURES["llama"])
+        load_adapters(once_more, tmp_path / str(count))
+        assert torch.equal(once_more(IDS).logits, again(IDS).logits)
+
+
 def test_a_ledger_reloads_bit_for_bit(tmp_path: Path, randomise: Callable[..., None]) -> None:
     model = build(ARCHITECTURES["opt"])
     adapters, ledger = with_boosters(model, randomise)

@@ -241,7 +241,84 @@ def test_what_a_layer_writes_is_asked_of_the_layer(name: str, writer: str, monke
     if layer.base_layer.bias is not None:
         layer.base_layer.bias.data.normal_()
     with torch.no_grad():
-        torch.testing.assert_close(written_along(layer, output, torch.float32), weight @ output, rtol=1e-4, atol=1e-5)
+        written = written_along(layer, torch.stack([output, -2 * output]), torch.float32)
+    along = (weight @ output).detach()
+    torch.testing.assert_close(written, torch.stack([along, -2 * along]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_booster_moves_along_all_directions_of_its_round() -> None:
+    """The pair adds sum_r f_r u_r to its layers' outputs, also where the learner has fewer directions than ranks."""
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj", "down_proj"], xgblora=True)
+    adapters.resize_pair(4)
+    with torch.no_grad():
+        forwards = forwards_of(adapters)
+        (seen,) = forwards.observe(examples(60, OPTIONS["several"]), most=MOST_READS)
+        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
+        assert len(learner.outputs) == 2
+        put(adapters, learner, 0.5)
+        change = torch.zeros_like(seen.hidden)
+        fitted = iter(zip(seen.inputs, learner.inputs, strict=True))
+        for name, layer in adapters.layers.items():
+            assert layer.lora_A.shape[0] == 4
+            assert not layer.lora_A[2:].any()
+            assert not layer.lora_B[:, 2:].any()
+            if "o_proj" in name:
+                x, a = next(fitted)
+                torch.testing.assert_close(layer.lora_A[:2], a)
+                change += 16 * x @ layer.lora_A.T @ layer.lora_B.T
+            else:
+                along = learner.outputs @ layer.base_layer.weight
+                torch.testing.assert_close(layer.lora_A[:2], -learner.share[:, None] * along, rtol=1e-3, atol=1e-5)
+        expected = sum(x.float() @ a.T for x, a in zip(seen.inputs, learner.inputs, strict=True)) @ learner.outputs
+        torch.testing.assert_close(change, 0.5 * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_round_of_directions_gets_there_in_fewer_boosters() -> None:
+    """Three options need two directions: one booster of rank 2 comes nearer to the teacher than one of rank 1."""
+    after = {}
+    for rank in (1, 2):
+        model = build(ARCHITECTURES["llama"])
+        adapters = attach(model, 1, 16, residual_writers(Base(model)), xgblora=True)
+        adapters.resize_pair(rank)
+        forwards = forwards_of(adapters)
+        rows, searched = examples(200, OPTIONS["several"]), examples(40, OPTIONS["several"], seed=2)
+        teacher = teach(forwards, rows, searched)
+        after[rank] = boost(forwards, rows, searched, teacher=teacher, ridge=0.03).after
+    assert after[2] < 0.7 * after[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "rank"),
+    [
+        ({}, OPTIONS["single"], 1),
+        ({}, OPTIONS["several"], 2),
+        ({}, [[word] for word in range(20, 31)], 8),
+        ({"boost_directions": 3}, OPTIONS["single"], 3),
+        ({"train_as_classification": False}, OPTIONS["several"], 1),
+    ],
+)
+def test_a_booster_has_a_direction_for_every_option_but_one(
+    flags: dict[str, Any], options: list[list[int]], rank: int, tmp_path: Path
+) -> None:
+    trainer, _ = train(tmp_path, rows=examples(64, options), **BOOST, **flags, boost_boosters=2)
+    assert [booster.rank for booster in trainer.ledger.boosters] == [rank] * len(trainer.ledger.boosters)
+    assert trainer.adapters.rank == rank
+    assert trainer.adapters.scaling == 16
+
+
+@pytest.mark.parametrize(
+    ("fewer", "saved"), [({}, 1), ({"boost_teacher_examples": 20}, 1), ({"boost_examples": 40}, 0)]
+)
+def test_a_first_booster_is_fitted_to_what_the_teacher_saw(fewer: dict[str, Any], saved: int, tmp_path: Path) -> None:
+    """Where it is the same rows, they are not forwarded twice."""
+    trainer, _ = train(tmp_path, rows=examples(64), **BOOST, **fewer, boost_boosters=1)
+    recipe = recipe_of(trainer)
+    teacher, searched = recipe.teacher, len(recipe.searched)
+    assert teacher is not None
+    observed = 0 if saved else min(len(recipe.fitted), recipe.config.boost_fitted)
+    searches = trainer.cost.sequences - teacher.cost.sequences - observed
+    assert searches % searched == 0
+    assert trainer.cost.passes == 1 + (not saved) + searches // searched
 
 
 def test_mlp_layers_alone_are_fitted() -> None:
@@ -398,16 +475,15 @@ def test_a_shorter_step_is_taken_where_the_longer_one_is_better_by_chance() -> N
 
 
 @pytest.mark.parametrize(
-    ("targets", "rank", "count", "says"),
+    ("targets", "count", "says"),
     [
-        (["v_proj"], 1, 40, "residual stream"),
-        (["o_proj"], 2, 40, "rank 1"),
-        (["o_proj"], 1, 1, "at least 2"),
+        (["v_proj"], 40, "residual stream"),
+        (["o_proj"], 1, "at least 2"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(targets: list[str], rank: int, count: int, says: str) -> None:
+def test_what_cannot_be_fitted_is_refused(targets: list[str], count: int, says: str) -> None:
     model = build(ARCHITECTURES["llama"])
-    adapters = attach(model, rank, 16, targets)
+    adapters = attach(model, 1, 16, targets)
     with pytest.raises(XgbloraError, match=says):
         boost(forwards_of(adapters), examples(count), examples(5))
 
@@ -470,8 +546,9 @@ def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines:
     (line,) = log_lines.containing("Teacher of 48 examples, along 1 direction(s); held-out loss")
     assert "added to the base's opinion, " in line
     assert line.endswith("in place of the base's opinion")
-    searches = (trainer.cost.sequences - 48 - 2 * 40) / 8
-    assert searches == trainer.cost.passes - 3
+    searches = (trainer.cost.sequences - 48 - 40) / 8  # the first booster is fitted to what the teacher saw
+    assert searches == trainer.cost.passes - 2
+    assert teacher.view is None
 
 
 def test_the_flags_of_a_teacher_reach_it(tmp_path: Path) -> None:
@@ -479,6 +556,7 @@ def test_the_flags_of_a_teacher_reach_it(tmp_path: Path) -> None:
     rows, answers = examples(64, OPTIONS["several"]), []
     for number, (boosters, ridge, opinion) in enumerate(((1, 1.0, "auto"), (3, 1.0, "keep"), (3, 9.0, "keep"))):
         flags = BOOST | {"boost_boosters": boosters, "boost_ridge": ridge, "boost_opinion": opinion}
+        flags["boost_directions"] = 1
         trainer, _ = train(tmp_path / str(number), rows=rows, **flags)
         teacher = recipe_of(trainer).teacher
         assert teacher is not None

@@ -103,6 +103,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "xgblora_shrinkage": (BOOSTS, "0.5"),
     "early_stopping_boosters": (f"{BOOSTS} --eval_steps 2 --learning_rate 1.0 --max_steps 20", "1"),
     "boost_boosters": (RECIPE, "3"),
+    "boost_directions": (RECIPE, "2"),
     "boost_examples": (RECIPE, "16"),
     "boost_teacher_examples": (RECIPE, "10"),
     "boost_ridge": (f"{RECIPE} --train_as_classification false", "30.0"),

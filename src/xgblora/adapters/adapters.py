@@ -59,6 +59,9 @@ class Adapters:
         """Trainable parameters: the dimension of a direction."""
         self.lowest_layer: str | None = None
         """The decoder layer below which nothing trains; None where that is the first one, or not known."""
+        self.ranks: list[int] = []
+        """Rank of every frozen booster, in order. It is 1, but for those that recipe boost fits along several
+        directions at once."""
         self._blocks = list(base.layers)
         self._home = {name: _home(name, self._blocks) for name in layers}
         self._undo = ExitStack()
@@ -95,8 +98,13 @@ class Adapters:
 
     @property
     def boosters(self) -> int:
-        """Frozen rank-1 pairs in the stack."""
-        return self._any.booster_A.shape[0]
+        """Frozen boosters in the stack."""
+        return len(self.ranks)
+
+    @property
+    def total_rank(self) -> int:
+        """Rank of the one LoRA that all boosters and the pair in training are."""
+        return sum(self.ranks) + self.rank
 
     @property
     def _any(self) -> AdaptedLinear:
@@ -164,6 +172,13 @@ class Adapters:
         for layer in self.layers.values():
             layer.booster_A = torch.cat([layer.booster_A, layer.lora_A])
             layer.booster_B = torch.cat([layer.booster_B, layer.lora_B], dim=1)
+        self.ranks.append(self.rank)
+
+    def resize_pair(self, rank: int) -> None:
+        """Give the pair in training another rank, with the same scaling. What it was is lost: it is zero."""
+        for layer in self.layers.values():
+            layer.resize(rank)
+        self.choose_layers(self.boosters)
 
     @torch.no_grad()
     def scale_pair(self, factor: float) -> None:
@@ -174,27 +189,33 @@ class Adapters:
     @torch.no_grad()
     def truncate(self, count: int) -> None:
         """Keep the first ``count`` boosters, the last of which becomes the pair in training; 0 is the bare base."""
-        kept = max(count - 1, 0)
+        kept, stop = sum(self.ranks[: max(count - 1, 0)]), sum(self.ranks[:count])
+        if count and self.ranks[count - 1] != self.rank:
+            self.resize_pair(self.ranks[count - 1])
         for layer in self.layers.values():
             A, B = layer.booster_A, layer.booster_B
             layer.booster_A, layer.booster_B = A[:kept].clone(), B[:, :kept].clone()
             layer.lora_B.zero_()
             if count:
-                layer.lora_A.copy_(A[kept:count])
-                layer.lora_B.copy_(B[:, kept:count])
-        self.choose_layers(kept)
+                layer.lora_A.copy_(A[kept:stop])
+                layer.lora_B.copy_(B[:, kept:stop])
+        self.ranks = self.ranks[: max(count - 1, 0)]
+        self.choose_layers(self.boosters)
 
     @contextmanager
     def first(self, count: int) -> Iterator[None]:
         """Forwards inside the block see the first ``count`` boosters alone; the pair in training is the last one."""
         whole = {layer: (layer.booster_A, layer.booster_B, layer.lora_B.data) for layer in self.layers.values()}
+        ranks = self.ranks
         try:
             if count <= self.boosters:
+                self.ranks, kept = ranks[:count], sum(ranks[:count])
                 for layer in self.layers.values():
-                    layer.booster_A, layer.booster_B = layer.booster_A[:count], layer.booster_B[:, :count]
+                    layer.booster_A, layer.booster_B = layer.booster_A[:kept], layer.booster_B[:, :kept]
                     layer.lora_B.data = torch.zeros_like(layer.lora_B)
             yield
         finally:
+            self.ranks = ranks
             for layer, (A, B, last) in whole.items():
                 layer.booster_A, layer.booster_B, layer.lora_B.data = A, B, last
 

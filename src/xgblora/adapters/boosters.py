@@ -16,7 +16,7 @@ from xgblora.files import sealed_folder
 
 @dataclass(frozen=True)
 class Booster:
-    """Where a frozen rank-1 pair came from."""
+    """Where a frozen pair came from."""
 
     step: int
     """The step after which it was merged; 0 for what a run started from."""
@@ -34,6 +34,8 @@ class Booster:
     """What made the schedule merge here."""
     evaluation: dict[str, float] | None = None
     """``eval_loss`` and ``eval_accuracy`` right after the merge, where the run evaluates there."""
+    rank: int = 1
+    """How many rank-1 pairs it is: more than one where recipe boost fitted several directions in one round."""
 
 
 class Ledger:
@@ -64,19 +66,22 @@ class Ledger:
     def merge(self, step: int, place: str, loss: float | None, schedule: str = "", reason: str = "") -> Booster:
         """Freeze the pair in training as the next booster and start a new one. The model's function stays."""
         self.adapters.freeze_pair()
-        booster = Booster(step, place, loss, *self.norms(len(self.boosters)), schedule, reason)
+        norms = self.norms(len(self.boosters))
+        booster = Booster(step, place, loss, *norms, schedule, reason, rank=self.adapters.rank)
         self.boosters.append(booster)
         self.adapters.new_pair(len(self.boosters))
         self.evaluation = None
         return booster
 
     def norms(self, number: int) -> tuple[float, dict[str, float]]:
-        """Norm of the update of frozen pair ``number``, and of its part in each layer where it is not zero."""
-        norms = {}
+        """Norm of the update of frozen booster ``number``, and of its part in each layer where it is not zero."""
+        norms, start = {}, sum(self.adapters.ranks[:number])
+        rows = slice(start, start + self.adapters.ranks[number])
         for name, layer in self.adapters.layers.items():
-            A, B = layer.booster_A[number], layer.booster_B[:, number]
-            if norm := layer.scaling * (A.norm() * B.norm()).item():  # of a rank-1 matrix
-                norms[name] = norm
+            A, B = layer.booster_A[rows].double(), layer.booster_B[:, rows].double()
+            squared = ((A @ A.T) * (B.T @ B)).sum().item()  # |B A|^2, without the matrix
+            if squared > 0:
+                norms[name] = layer.scaling * squared**0.5
         return sum(norm**2 for norm in norms.values()) ** 0.5, norms
 
     def note_evaluation(self, step: int, loss: float, accuracy: float) -> None:
@@ -146,7 +151,7 @@ class Ledger:
         stored = files.read(Path(folder))
         files.require_match(stored, self.fingerprint)
         boosters = [Booster(**entry) for entry in stored.entries["boosters"]]
-        files.restore(self.adapters, stored, len(boosters))
+        files.restore(self.adapters, stored, [booster.rank for booster in boosters])
         self.boosters = boosters
         self.evaluation = stored.entries["evaluation"]
         self.task_text = self.task_text or stored.task

@@ -71,7 +71,7 @@ def write_gguf(adapters: Adapters, file: Path) -> None:
         raise XgbloraError(f"gguf-lora knows {', '.join(sorted(GGUF_ARCHITECTURES))}, not {kind}: export --format peft")
     architecture = GGUF_ARCHITECTURES[kind]
     names = get_tensor_name_map(architecture, config.num_hidden_layers)
-    rank = adapters.boosters + adapters.rank
+    rank = adapters.total_rank
 
     def write(work: Path) -> None:
         writer = gguf.GGUFWriter(work, gguf.MODEL_ARCH_NAMES[architecture])

@@ -6,7 +6,7 @@ are stored: ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT wr
 ``task.yaml`` says what the model is asked, as a task file does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def write(folder: Path, adapters: Adapters, entries: Mapping[str, Any], task: st
         entries: Content of ledger.json.
         task: Content of task.yaml.
     """
-    rank = adapters.boosters + adapters.rank
+    rank = adapters.total_rank
     tensors = {}
     for name, layer in adapters.layers.items():
         for matrix, rows in zip("AB", layer.pairs(), strict=True):
@@ -113,24 +113,25 @@ def require_match(stored: Stored, ours: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def restore(adapters: Adapters, stored: Stored, boosters: int) -> None:
-    """Put stored pairs into the adapters: the first ``boosters`` ranks as boosters, the others as the pair in training.
+def restore(adapters: Adapters, stored: Stored, ranks: Sequence[int]) -> None:
+    """Put stored pairs into the adapters: the first as boosters of these ranks, the others as the pair in training.
 
     Raises:
         XgbloraError: The adapters have other layers, or layers of another size.
     """
-    file, tensors = stored.folder / WEIGHTS, dict(stored.tensors)
+    file, tensors, frozen = stored.folder / WEIGHTS, dict(stored.tensors), sum(ranks)
     for name, layer in adapters.layers.items():
         try:
             A, B = tensors.pop(tensor_name(name, "A")), tensors.pop(tensor_name(name, "B"))
         except KeyError:
             raise XgbloraError(f"{file} has no adapter for {name}: other target modules?") from None
-        if A.shape != (boosters + layer.lora_A.shape[0], layer.in_features) or B.shape[0] != layer.out_features:
+        if A.shape != (frozen + layer.lora_A.shape[0], layer.in_features) or B.shape[0] != layer.out_features:
             raise XgbloraError(f"{file} does not fit {name}: it was trained on another base model")
         A, B = A.to(adapters.device), B.to(adapters.device)
-        layer.booster_A, layer.booster_B = A[:boosters].clone(), B[:, :boosters].clone()
-        layer.lora_A.copy_(A[boosters:])
-        layer.lora_B.copy_(B[:, boosters:])
+        layer.booster_A, layer.booster_B = A[:frozen].clone(), B[:, :frozen].clone()
+        layer.lora_A.copy_(A[frozen:])
+        layer.lora_B.copy_(B[:, frozen:])
+    adapters.ranks = list(ranks)
     if tensors:
         raise XgbloraError(f"{file} adapts {next(iter(tensors))}, the model does not")
 
@@ -176,6 +177,7 @@ def restore_lora(adapters: Adapters, folder: Path) -> int:
         if A.shape != (rank, layer.in_features) or B.shape != (layer.out_features, rank):
             raise XgbloraError(f"{folder / WEIGHTS} does not fit {name}: it was trained on another base model")
         layer.booster_A, layer.booster_B = A.to(adapters.device), B.to(adapters.device)
+    adapters.ranks = [1] * rank
     if tensors:
         raise XgbloraError(
             f"{folder} adapts {next(iter(tensors))}, which this run does not: name those layers with "

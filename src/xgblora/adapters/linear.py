@@ -81,6 +81,11 @@ class AdaptedLinear(Opaque):
         self.probe: tuple[Tensor, Tensor, Probe] | None = None
         """zA (D, r, in), zB (D, r, out) and the probe they are part of."""
 
+    def resize(self, rank: int) -> None:
+        """Make the pair zero, of another rank."""
+        self.lora_A = nn.Parameter(self.lora_A.new_zeros(rank, self.in_features))
+        self.lora_B = nn.Parameter(self.lora_B.new_zeros(self.out_features, rank))
+
     def compute(self, x: Tensor) -> Tensor:
         """Base output plus adapters, in the base output's dtype; x is (..., in), the result (..., out)."""
         base = self.base_layer(x)

@@ -56,8 +56,10 @@ def banner(config: Any) -> list[str]:
     lines = [f"  Alpha: {config.lora_alpha:g}", f"  Scaling (alpha/r): {config.scaling}"]
     if config.method == "lora":
         return [rule, "Standard LoRA Configuration:", f"  Rank: {config.rank}", *lines, rule]
-    lines = ["XGBLoRA Configuration:", f"  Actual rank used: {config.rank} (forced to 1 for XGBLoRA)", *lines]
-    if config.recipe == "classic":
+    classic = config.recipe == "classic"
+    rank = f"Actual rank used: {config.rank} (forced to 1 for XGBLoRA)" if classic else f"Rank: {_rank(config)}"
+    lines = ["XGBLoRA Configuration:", f"  {rank}", *lines]
+    if classic:
         lines.append(f"  Steps per iteration: {config.xgblora_steps_per_iteration}")
         lines.append(f"  Merge frequency (epochs): {config.xgblora_merge_frequency}")
     else:
@@ -71,3 +73,8 @@ def banner(config: Any) -> list[str]:
             f"{config.xgblora_shrinkage:g}",
         ]
     return [rule, *lines, rule]
+
+
+def _rank(config: Any) -> str:
+    directions = config.boost_directions
+    return "of a booster, one less than there are options" if directions is None else f"{directions} a booster"

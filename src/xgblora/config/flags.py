@@ -239,9 +239,12 @@ class Flags(TrainingArguments):
 
     # --- Recipe boost ---
     boost_boosters: int = flag(4, "Recipe boost: boosters of a run.", at_least(1), BOOST)
-    boost_examples: int = flag(
-        1024, "Recipe boost: training examples that each booster sees, at most.", at_least(3), BOOST
+    boost_directions: int | None = flag(
+        None,
+        "Recipe boost: directions of a booster, which are its rank. Default: options - 1, at most 8; for text 1.",
+        *(at_least(1), BOOST),
     )
+    boost_examples: int = flag(1024, "Recipe boost: training examples of a booster, at most.", at_least(3), BOOST)
     boost_teacher_examples: int = flag(
         4096,
         "Recipe boost: training examples that the teacher (what boosters follow) is fitted on, at most.",
@@ -251,9 +254,7 @@ class Flags(TrainingArguments):
     boost_ridge: float = flag(
         1.0, "Recipe boost: ridge penalty of the teacher's fit, without units; 0.3 to 10 is sensible.", POSITIVE, BOOST
     )
-    boost_follow_ridge: float = flag(
-        0.03, "Recipe boost: ridge penalty of a booster's fit, without units.", POSITIVE, BOOST
-    )
+    boost_follow_ridge: float = flag(0.03, "Recipe boost: ridge penalty of a booster's fit.", POSITIVE, BOOST)
     boost_opinion: Literal["auto", "keep", "drop"] = flag(
         "auto",
         "Recipe boost: whether the teacher adds to what the base says along its directions (keep) or replaces it "

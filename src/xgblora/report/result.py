@@ -18,6 +18,7 @@ OPTIONAL = {
     "metric": ("metric", "score", "zero_shot_score", "dev_score"),
     "reward": ("reward", "zero_shot_reward", "dev_reward"),
     "boosters": ("boosters",),
+    "rank": ("rank",),
     "training_seconds": ("seconds_per_step", "training_seconds", "peak_memory_mb", "trainable_parameters"),
 }
 """Metrics that a run has together, or not at all: the first name says which."""
@@ -70,6 +71,8 @@ class RunResult:
     merge_steps: list[int] = field(default_factory=list)
     boosters: int | None = None
     """None where nothing was trained."""
+    rank: int | None = None
+    """Of the adapter that is left, all boosters together."""
     steps: int = 0
     forward_passes: int = 0
     forward_sequences: int = 0

@@ -116,7 +116,7 @@ def _facts(run: Path, adapter: Path, ledger: Ledger, config: ExportConfig) -> Ca
     return CardFacts(
         task=load_task(adapter / TASK, rows=False),
         model_name=config.model_name or base_name(run, adapter),
-        rank=ledger.adapters.boosters + ledger.adapters.rank,
+        rank=ledger.adapters.total_rank,
         settings=settings,
         result=RunResult.read(run) if whole else None,
     )

@@ -94,7 +94,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
             adapters.detach()
     result = RunResult(**_reached(config, workspace, scores), **work)
     if config.trainer != "none":
-        facts = CardFacts(workspace.task, config.model_name, work["boosters"] or config.rank, config.resolved(), result)
+        facts = CardFacts(workspace.task, config.model_name, work["rank"], config.resolved(), result)
         add_card(folder_of(config) / ADAPTER, card(facts))
     result.write(folder_of(config) / METRICS)  # last: it is what makes a run complete
     if config.result_file:
@@ -185,6 +185,7 @@ def _train(
         "merges": len(merges),
         "merge_steps": merges,
         "boosters": len(ledger.boosters) + 1 if config.xgblora else 0,
+        "rank": ledger.adapters.total_rank,
         "steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(recorder.step_seconds) if recorder.step_seconds else None,
         "training_seconds": recorder.seconds,

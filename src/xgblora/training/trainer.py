@@ -100,7 +100,7 @@ class Trainer(hf.HookedTrainer):
         hf.use_one_device(args)  # DataParallel would split what is one packed row
         if args.world_size > 1:
             raise XgbloraError("training runs in one process: start it without torchrun or accelerate launch")
-        if args.xgblora and self.adapters.rank != 1:
+        if args.xgblora and args.recipe == "classic" and self.adapters.rank != 1:
             raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {self.adapters.rank}")
         if args.objective == "reward" and objective is None:
             raise XgbloraError("--objective reward needs an xgblora.Reward: give it as the objective")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
@@ -14,7 +15,7 @@ from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Forwards, TailLoss, parts, scored
-from xgblora.learn.fitted.fit import Learner, fit
+from xgblora.learn.fitted.fit import Learner, View, fit
 from xgblora.learn.fitted.recipe import Fit, Recipe
 from xgblora.learn.fitted.teacher import Teacher, teach
 from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MOST_READS = 2048
 """Predicting positions that one booster is fitted on at most: the fit takes time with the third power of them."""
+
+MOST_DIRECTIONS = 8
+"""Directions of a booster at most, where nobody says how many."""
 
 FAR_AHEAD = 0.8
 """Loss of a teacher, as a share of the base's, below which some step of a first booster must come nearer to it."""
@@ -50,7 +54,7 @@ class BoostRecipe(Recipe):
         """Boosters that were there before training began."""
 
     def split(self, rows: Sequence[Example]) -> list[Example]:
-        """Set aside the rows that find step lengths, once for the run.
+        """Set aside the rows that find step lengths, once for the run, and give the pair its rank.
 
         Drawn anew for each booster, they would be rows that earlier boosters were fitted on, and the search would take
         learning by heart for progress (docs/experiments.md).
@@ -58,9 +62,19 @@ class BoostRecipe(Recipe):
         count = self.config.boost_searched(len(rows))
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.SEARCH)).tolist()
         fitted = order[count : count + self.config.boost_teacher_examples]
+        if self.adapters.rank != (rank := self._directions(rows)):
+            self.adapters.resize_pair(rank)
         self.searched = [rows[i] for i in order[:count]]
         self.fitted = [rows[i] for i in sorted(fitted)]
         return self.fitted
+
+    def _directions(self, rows: Sequence[Example]) -> int:
+        """How many directions a booster moves final hidden states along, which is the rank of its pair."""
+        if self.config.boost_directions is not None:
+            return self.config.boost_directions
+        if not isinstance(self.forwards.loss, OptionLoss):
+            return 1
+        return min(MOST_DIRECTIONS, max(max(len(row.options) for row in rows) - 1, 1))
 
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
         cost = Cost()
@@ -69,7 +83,7 @@ class BoostRecipe(Recipe):
             self.teacher, cost = self._teach()
         booster = boost(
             self.forwards,
-            examples,
+            self._view(examples) or examples,
             self.searched,
             ridge=self.config.boost_ridge if self.teacher is None else self.config.boost_follow_ridge,
             teacher=self.teacher,
@@ -79,6 +93,14 @@ class BoostRecipe(Recipe):
         if self.adapters.boosters == self.first and booster.step_length == 0:
             self._require_reached()
         return replace(booster, cost=cost + booster.cost)
+
+    def _view(self, examples: Sequence[Example]) -> View | None:
+        """What the teacher saw, where a first booster is fitted to the same rows. It is kept no longer."""
+        if self.teacher is None:
+            return None
+        view, self.teacher.view = self.teacher.view, None
+        same = view is not None and len(view.seen.examples) == len(examples) == len(self.fitted)
+        return view if same and self.adapters.boosters == self.first else None
 
     def _require_reached(self) -> None:
         """Raise :class:`XgbloraError` where a first booster without a step means that something is wrong."""
@@ -104,7 +126,7 @@ class BoostRecipe(Recipe):
                 self.fitted,
                 self.searched,
                 ridge=config.boost_ridge,
-                directions=config.boost_boosters,
+                directions=config.boost_boosters * self.adapters.rank,
                 opinion=config.boost_opinion,
             )
         self.adapters.choose_layers(self.adapters.boosters)
@@ -128,20 +150,21 @@ class BoostRecipe(Recipe):
 @torch.no_grad()
 def boost(
     forwards: Forwards,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | View,
     searched: Sequence[Example],
     ridge: float = 1.0,
     teacher: Teacher | None = None,
     start: float = 1.0,
     shrinkage: float = 1.0,
 ) -> Fit:
-    """Fit the pair in training (rank 1) to the pseudo-residuals of some examples, in place.
+    """Fit the pair in training to the pseudo-residuals of some examples, in place.
 
-    Where no step lowers the loss, the pair stays zero.
+    It moves final hidden states along as many directions at once as it has ranks, all by one step length. Where no
+    step lowers the loss, it stays zero.
 
     Args:
         forwards: Of the adapters whose pair it is.
-        examples: What the pair is fitted to.
+        examples: What the pair is fitted to; or what a forward over it saw.
         searched: Examples that no booster was fitted on; they decide the step length.
         ridge: Penalty, as in :func:`fit`.
         teacher: The loss is the divergence from what it says; without one it is that of the labels.
@@ -151,6 +174,9 @@ def boost(
     Raises:
         XgbloraError: There are too few examples, or an adapted layer does not write to the residual stream.
     """
+    view = examples if isinstance(examples, View) else None
+    if isinstance(examples, View):
+        examples = examples.seen.examples
     if teacher is not None:
         examples, searched = ([row for row in rows if teacher.knows(row)] for rows in (examples, searched))
     if len(examples) < 2 or not searched:
@@ -161,13 +187,16 @@ def boost(
     adapters, tokens = forwards.adapters, forwards.tokens
     require_writers(adapters)
     number = adapters.boosters + 1
-    forwards.note(f"booster {number}: looking at {len(examples):,} examples")
-    (seen,) = forwards.observe(examples, most=MOST_READS)
+    looking = view is None
+    if view is None:
+        forwards.note(f"booster {number}: looking at {len(examples):,} examples")
+        view = View(*forwards.observe(examples, most=MOST_READS))
+    seen = view.seen
     forwards.note(f"booster {number}: fitting")
     labelled = TailLoss(forwards, seen)
     loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
     with forwards.base.held():
-        learner = fit(seen, loss, ridge)
+        learner = fit(seen, loss, ridge, adapters.rank, kernel=view.kernel)
     put(adapters, learner, 0.0)
     batches = list(parts(searched, forwards.base.packed))
     losses: dict[float, Tensor] = {}
@@ -207,8 +236,8 @@ def boost(
         after=losses[chosen].mean().item(),
         step_length=chosen,
         cost=Cost(
-            1 + len(losses),
-            sum(batch.segments for batch in seen.batches) + len(searched) * len(losses),
+            looking + len(losses),
+            looking * len(seen.examples) + len(searched) * len(losses),
             forwards.tokens - tokens,
         ),
     )
@@ -286,16 +315,18 @@ def put(adapters: Adapters, learner: Learner, step: float) -> None:
     """The learner as the pair in training: A = a_m, B = step * v / scaling; zero in layers that do not train.
 
     v is what the layer must give for u to arrive in the final hidden states: u itself, where it passes as it is. In
-    layers that are turned down, a_m = -gamma W_m^T v', with what they write along v' arriving along u.
+    layers that are turned down, a_m = -gamma W_m^T v', with what they write along v' arriving along u. A learner of
+    fewer directions than the pair has ranks leaves the last ones zero.
     """
     inputs = iter(learner.inputs)
     writers = writers_in_training(adapters)
     for (layer, _, _), writer, down in zip(adapters.slices, writers, turned_down(adapters), strict=True):
         if down:
-            along = writer.adjoint(learner.outputs[0])
-            layer.lora_A.copy_(-learner.share * written_along(layer, along, adapters.base.dtype))
+            along = writer.adjoint(learner.outputs)
+            A = -learner.share[:, None] * written_along(layer, along, adapters.base.dtype)
         else:
-            layer.lora_A.copy_(next(inputs))
+            A = next(inputs)
+        layer.lora_A.copy_(F.pad(A, (0, 0, 0, adapters.rank - len(A))))
     step_by(adapters, learner, step)
 
 
@@ -304,4 +335,4 @@ def step_by(adapters: Adapters, learner: Learner, step: float) -> None:
     for layer in adapters.layers.values():
         layer.lora_B.zero_()
     for (layer, _, _), writer in zip(adapters.slices, writers_in_training(adapters), strict=True):
-        layer.lora_B.copy_(step / layer.scaling * writer.inverse(learner.outputs).T)
+        layer.lora_B[:, : len(learner.outputs)] = step / layer.scaling * writer.inverse(learner.outputs).T

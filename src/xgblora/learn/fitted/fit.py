@@ -87,6 +87,18 @@ class Kernel:
         return values - penalty * torch.cholesky_solve(values, torch.linalg.cholesky(ridged, out=ridged))
 
 
+@dataclass(frozen=True)
+class View:
+    """What fits look at; the kernel is computed once, by the first that asks."""
+
+    seen: Observed
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """That of the layers' inputs."""
+        return Kernel(self.seen.inputs)
+
+
 def fit(
     seen: Observed,
     loss: TailLoss,

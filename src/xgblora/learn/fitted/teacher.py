@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xgblora.data.batch import Example
 from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Forwards, Observed, TailLoss
-from xgblora.learn.fitted.fit import Kernel, fit
+from xgblora.learn.fitted.fit import View, fit
 
 MOST_TAUGHT = 4096
 """Predicting positions that a teacher is fitted on at most."""
@@ -29,6 +29,8 @@ class Teacher:
         where it replaces that (False). The better one is what it says."""
         self.cost = cost
         """What was forwarded, once, to fit it."""
+        self.view: View | None = None
+        """What it was fitted to; a first booster may be fitted to the same."""
         self._answers: dict[Hashable, Tensor] = {}
 
     def learn(self, seen: Observed, probabilities: Tensor) -> None:
@@ -77,7 +79,7 @@ def teach(
     tokens = forwards.tokens
     both = forwards.observe(examples, held, most=MOST_TAUGHT)
     seen, unseen = (replace(observed, written=None) for observed in both)
-    kernel = Kernel(seen.inputs)
+    view = View(both[0])
     loss, check = (TailLoss(forwards, observed) for observed in (seen, unseen))
     outputs: Tensor | None = None
     answers: dict[bool, tuple[Tensor, Tensor, float]] = {}
@@ -87,7 +89,7 @@ def teach(
             fitted, new = seen, unseen
             if outputs is not None:  # the directions are those with its opinion
                 fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-            learner = fit(fitted, loss, ridge, directions, outputs, kernel)
+            learner = fit(fitted, loss, ridge, directions, outputs, view.kernel)
             outputs = learner.outputs
             moved = new.hidden + learner.at(new) @ outputs
             probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
@@ -98,6 +100,7 @@ def teach(
     of_seen, of_unseen, _ = answers[min(losses, key=losses.__getitem__)]
     teacher.learn(seen, of_seen)
     teacher.learn(unseen, of_unseen)
+    teacher.view = view
     return teacher
 
 

@@ -71,8 +71,6 @@ def _short(base: Base, names: Sequence[str]) -> list[str]:
 
 def require_writers(adapters: Adapters) -> None:
     """Raise :class:`XgbloraError` where ``adapters`` cannot hold fitted boosters."""
-    if adapters.rank != 1:
-        raise XgbloraError(f"a booster is a pair of rank 1, the adapters have rank {adapters.rank}")
     for name in adapters.layers:
         if name not in adapters.base.writers:
             raise XgbloraError(
@@ -118,10 +116,10 @@ def _is_bare(layer: nn.Module) -> TypeGuard[PackedLinear]:
 
 
 def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> Tensor:
-    """W^T u, (in,) float32: what the base layer writes along ``output`` u (out,) for each unit of its inputs."""
+    """What the base layer writes along each row u of ``output`` (n, out) for each unit of its inputs: u W, (n, in)."""
     parts = torch.arange(layer.in_features, device=output.device).split(PART_UNITS)
     if _is_bare(layer.base_layer):  # the same numbers, since a product with a unit is exact
-        return torch.cat([layer.base_layer.columns(part) @ output for part in parts])
+        return torch.cat([layer.base_layer.columns(part) @ output.T for part in parts]).mT
     units = torch.zeros(len(parts[0]), layer.in_features, dtype=dtype, device=output.device)
     added = bias(layer, dtype)
 
@@ -129,4 +127,4 @@ def written_along(layer: AdaptedLinear, output: Tensor, dtype: torch.dtype) -> T
         rows: Tensor = layer.base_layer(units[: len(part)].zero_().scatter_(1, part[:, None], 1))
         return rows.float() - added
 
-    return torch.cat([written(part) @ output for part in parts])
+    return torch.cat([written(part) @ output.T for part in parts]).mT
