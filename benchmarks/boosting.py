@@ -50,6 +50,8 @@ SGD_RATES, ZO_RATES, BACKPROP_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 1.7e-3, 3e-3), 
 
 METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "in_context": ({"trainer": "none"}, "num_train", (4, 8, 16)),
+    "probe": ({"trainer": "none", "readout": "probe"}, "num_train", (1000,)),  # layer and penalty chosen on dev inside
+    "centroid": ({"trainer": "none", "readout": "centroid"}, "num_train", (1000,)),
     "boost": ({"recipe": "boost", "eval_strategy": "steps"}, "boost_ridge", RIDGES),
     "boost_128": (
         {"recipe": "boost", "boost_boosters": 2, "boost_examples": 128, "boost_teacher_examples": 112},
@@ -89,6 +91,8 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
 
 LABELS = {
     "in_context": "answered examples in context",
+    "probe": "a probe of hidden states",
+    "centroid": "nearest centroid",
     "boost": "recipe boost",
     "boost_128": "recipe boost, two boosters\nof 128 examples",
     "mezo_lora_r1": "MeZO-LoRA r = 1",
@@ -121,9 +125,6 @@ class Runs:
         values = {"per_device_train_batch_size": 16, **self.common, "task_name": self.task} | flags
         if "boost" in method:  # a step is a booster
             del values["per_device_train_batch_size"], values["max_steps"]
-        options = TASKS[self.task].options
-        if method == "boost" and isinstance(options, tuple) and len(options) > 2:
-            values["boost_boosters"] = 8  # two for each of the four directions of five options' scores
         value = int(value) if tuned == "num_train" else value
         values |= {tuned: value, "seed": seed, "train_set_seed": seed, "output_dir": str(folder)}
         config = RunConfig(**values)

@@ -62,16 +62,16 @@ def test_what_is_beyond_chance(won: int, lost: int, differs: bool) -> None:
 def test_recipe_boost_keeps_the_boosters_up_to_the_lowest_dev_loss(
     flags: str, keeps: bool, run: Run, small: list[str], tmp_path: Path
 ) -> None:
-    command = ["train", *small, "--recipe", "boost", "--boost_boosters", 6, "--boost_ridge", "0.01", *flags.split()]
+    command = ["train", *small, "--recipe", "boost", "--boost_boosters", 5, "--boost_ridge", "0.01", *flags.split()]
     assert run(*command, "--output_dir", tmp_path / "run")[0] == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
     if not keeps:
-        assert metrics["boosters"] == 6
+        assert metrics["boosters"] == 5
         return
     lines = (tmp_path / "run" / "eval_loss.jsonl").read_text("utf-8").splitlines()
     losses = [json.loads(line)["eval_loss"] for line in lines]
-    assert len(losses) == 6
-    assert metrics["boosters"] == 1 + losses.index(min(losses)) < 6
+    assert len(losses) == 5
+    assert metrics["boosters"] == 1 + losses.index(min(losses)) < 5
     assert metrics["dev_loss"] == pytest.approx(min(losses), rel=1e-5)
     assert max(dev_losses(tmp_path / "run")) == metrics["boosters"]
 

@@ -84,6 +84,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "reward_length_penalty": (WORTH, "0.3"),
     "trainer": (SHORT, "regular"),
     "calibrated": ("--trainer none --task_name COPA --data_dir FOLDER/copa", "true"),
+    "readout": ("--trainer none --num_train 30", "centroid"),
     "recipe": ("--num_train_epochs 1", "boost"),
     "xgblora": (SHORT.replace(" --lora --lora_r 2", ""), "true"),
     "lora_r": (SHORT, "3"),

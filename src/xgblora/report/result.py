@@ -19,7 +19,8 @@ OPTIONAL = {
     "reward": ("reward", "zero_shot_reward", "dev_reward"),
     "boosters": ("boosters",),
     "rank": ("rank",),
-    "training_seconds": ("seconds_per_step", "training_seconds", "peak_memory_mb", "trainable_parameters"),
+    "seconds_per_step": ("seconds_per_step", "trainable_parameters"),
+    "training_seconds": ("training_seconds", "peak_memory_mb"),
 }
 """Metrics that a run has together, or not at all: the first name says which."""
 
@@ -35,7 +36,7 @@ class RunResult:
     """
 
     method: str
-    """lora, xgblora, boost, zero-shot or in-context."""
+    """lora, xgblora, boost, zero-shot, in-context, calibrated, centroid or probe."""
     trainer: str
     seed: int
     model: str
@@ -80,7 +81,7 @@ class RunResult:
     seconds_per_step: float | None = None
     """Median."""
     training_seconds: float | None = None
-    """Of all steps; None where nothing was trained."""
+    """Of all steps, or of fitting a classifier; None where there was nothing to fit."""
     peak_memory_mb: float | None = None
     trainable_parameters: int | None = None
 

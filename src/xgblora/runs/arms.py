@@ -6,6 +6,8 @@ from typing import Any
 
 from xgblora.config import RunConfig, defaults, idle_flags, without_idle_flags
 
+_BARE = {"lora": False, "xgblora": False, "recipe": "classic", "init_adapter": None, "trainer": "none"}
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True, "xgblora": False, "recipe": "classic", "init_adapter": None},
     "xgblora": {"lora": False, "xgblora": True, "recipe": "classic", "lora_r": 1},
@@ -14,7 +16,14 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"lora": False, "xgblora": True, "recipe": "boost", "lora_r": 1},
         **{"xgblora_layers": 0, "lora_target_modules": []},
     },
-    "in-context": {"lora": False, "xgblora": False, "recipe": "classic", "init_adapter": None, "trainer": "none"},
+    "backprop": {
+        **{"lora": True, "xgblora": False, "recipe": "classic", "init_adapter": None},
+        **{"trainer": "regular", "optim": "adamw_torch", "lr_scheduler_type": "linear"},
+    },
+    "in-context": _BARE,
+    "calibrated": _BARE | {"calibrated": True, "num_train": 0},
+    "centroid": _BARE | {"readout": "centroid"},
+    "probe": _BARE | {"readout": "probe"},
 }
 """What each method of a comparison sets."""
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xgblora.config import RunConfig, flag
 from xgblora.errors import XgbloraError
@@ -24,7 +25,7 @@ from xgblora.runs.folder import CONFIG, contents, finished_result, folder_of, ta
 from xgblora.runs.run import run
 from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.runs.workspace import Workspace
-from xgblora.tasks import Task
+from xgblora.tasks import Chat, Task
 from xgblora.training.interruption import alone_in
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,11 @@ class ExperimentConfig(RunConfig):
     seeds: list[int] = flag(lambda: [0, 1, 2], "Seeds; each arm is trained once with each.")
     methods: list[str] = flag(
         list,
-        "What compare compares: lora, xgblora, boost (XGBLoRA by --recipe boost), in-context (nothing trained). "
+        "What compare compares: lora, xgblora, boost (XGBLoRA by --recipe boost), backprop (LoRA by Adam); with "
+        "nothing trained: in-context, calibrated, centroid, probe (--readout). "
         "Default: lora, xgblora and, where the task is no conversation, in-context.",
     )
+    backprop_learning_rate: float = flag(5e-4, "Method backprop: learning rate of Adam, which falls to 0.")
     in_context_examples: int = flag(
         8, "Method in-context: answered examples in front of every prompt, drawn by the seed from the training rows."
     )
@@ -75,7 +78,7 @@ class ExperimentConfig(RunConfig):
     @property
     def makes_boosters(self) -> bool:
         """Whether any arm has boosters: those start from ``--init_adapter``, arms of LoRA do not."""
-        return not self.methods or not set(self.methods) <= {"lora", "in-context"}
+        return not self.methods or bool({"xgblora", "boost"} & set(self.methods))
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,31 @@ def arms(config: ExperimentConfig) -> list[RunConfig]:
     methods = config.methods or ["lora", "xgblora", "in-context"]
     if not config.methods and not isinstance(task_of(config), Task):
         methods.remove("in-context")  # conversations take no demonstrations
+    _require_possible(methods, task_of(config))
+    ways: dict[str, dict[str, Any]] = {
+        "in-context": {"num_train": min(config.in_context_examples, config.train_rows)},
+        "backprop": {"learning_rate": config.backprop_learning_rate},
+    }
     runs = []
     for method in methods:
-        shown = {"num_train": min(config.in_context_examples, config.train_rows)} if method == "in-context" else {}
         for seed in config.seeds:
             folder = str(arm_folder(Path(str(config.output_root)), method, seed))
-            runs.append(arm(config, method, seed=seed, data_seed=seed, output_dir=folder, **shown))
+            runs.append(arm(config, method, seed=seed, data_seed=seed, output_dir=folder, **ways.get(method, {})))
     return runs
+
+
+def _require_possible(methods: Sequence[str], task: Task | Chat) -> None:
+    """Raise :class:`XgbloraError` where the task does not have what a method needs."""
+    fixed = isinstance(task, Task) and task.has_same_options
+    for method in ("centroid", "probe"):
+        if method in methods and not fixed:
+            raise XgbloraError(
+                f"method {method} is for the same options in every row, {task.name} has others: leave it out"
+            )
+    if "calibrated" in methods and not (isinstance(task, Task) and task.null_prompt):
+        raise XgbloraError(
+            f"method calibrated compares with a prompt that asks nothing: {task.name} has no null_prompt"
+        )
 
 
 def experiment(config: ExperimentConfig, verb: str = "compare") -> Result:
@@ -189,7 +210,7 @@ def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
         (draw_merge_eval, config.merge_eval_figure_path, "merge_eval.png"),
         (draw_eval, config.eval_figure, "eval.png"),
     ]
-    trained = [curve for curve in curves if curve.result.training_seconds is not None]
+    trained = [curve for curve in curves if curve.result.trainer != "none"]
     files = []
     for draw, asked, name in figures:
         path = Path(asked) if asked else root / name

@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from xgblora.files import add_card, require_writable, verify, write_atomically
 from xgblora.learn.evaluate import Evaluation, right, score
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import require_writers, residual_writers
+from xgblora.learn.readout import fit_readout
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
-from xgblora.runs.workspace import Workspace
+from xgblora.runs.workspace import Scores, Workspace
 from xgblora.tasks import task_text
 from xgblora.training.checkpoints import last_checkpoint
 from xgblora.training.interruption import StopAtSignal, alone_in
@@ -76,7 +78,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
     work: dict[str, Any] = {}
     if config.trainer == "none":
         prepare_folder(config, workspace.contents)
-        scores = workspace.in_context(config) if config.train_rows else workspace.zero_shot(config)
+        scores, work = _untrained(config, workspace)
     else:
         adapters = attach_for(config, workspace.base)  # first of all: it may refuse, and then nothing was written
         try:
@@ -103,6 +105,21 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         times = file.read_bytes / file.size
         logger.info("Weights read: %.2f GB, %.1f times the file (--memory_budget)", file.read_bytes / 1e9, times)
     return result
+
+
+def _untrained(config: RunConfig, workspace: Workspace) -> tuple[Scores, dict[str, Any]]:
+    """How good the base is as it is, by the way that a configuration names, and what that took."""
+    if config.readout != "words":
+        memory, begun = PeakMemory(config.device), time.monotonic()
+        readout = fit_readout(workspace.base, config.readout, workspace.train, workspace.dev)
+        took = {"training_seconds": time.monotonic() - begun, "peak_memory_mb": memory.read()}
+        cost = {f"forward_{name}": value for name, value in vars(readout.cost).items()}
+        return (readout.evaluate(workspace.eval), readout.on_dev), took | cost
+    if config.train_rows:
+        return workspace.in_context(config), {}
+    if config.calibrated:
+        return workspace.scores(config, "calibrated", calibrated=True), {}
+    return workspace.zero_shot(config), {}
 
 
 def attach_for(config: RunConfig, base: Base) -> Adapters:
@@ -206,7 +223,8 @@ def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, 
     (final, dev), (zero_shot, dev_before) = scores, workspace.zero_shot(config)
     method: str = "boost" if config.recipe == "boost" else config.method
     if config.trainer == "none":
-        method = "in-context" if config.train_rows else "zero-shot"
+        method = "in-context" if config.train_rows else "calibrated" if config.calibrated else "zero-shot"
+        method = method if config.readout == "words" else config.readout
     reached: dict[str, Any] = {
         "method": method,
         "trainer": config.trainer,

@@ -95,14 +95,19 @@ class Workspace:
             )
 
     def scores(
-        self, config: RunConfig, what: str, rows: tuple[Sequence[Example], Sequence[Example]] | None = None
+        self,
+        config: RunConfig,
+        what: str,
+        rows: tuple[Sequence[Example], Sequence[Example]] | None = None,
+        calibrated: bool = False,
     ) -> Scores:
         """Score the model as it is now.
 
         Args:
-            config: Says how many rows at once, and whether scores are calibrated.
+            config: Says how many rows at once.
             what: Name of the progress bar.
             rows: In place of the evaluation rows and the dev rows.
+            calibrated: As :func:`evaluate` takes it.
         """
         eval_rows, dev_rows = rows or (self.eval, self.dev)
         named = f"{len(eval_rows)} {self.eval_split}" + (f" and {len(dev_rows)} dev rows" if dev_rows else " rows")
@@ -112,7 +117,7 @@ class Workspace:
             self.loss,
             config.per_device_eval_batch_size,
             None if config.disable_tqdm else f"{what}, {named}",
-            config.calibrated,
+            calibrated,
         )
         return evaluation, dev[0] if dev else None
 
@@ -125,10 +130,10 @@ class Workspace:
         drawn = torch.randperm(len(rows), generator=generator(config.seed, Stream.DEMONSTRATIONS)).tolist()
         shown = [rows[number] for number in drawn[: config.train_rows]]
         asked = self._encode(self._samples.eval, shown), self._encode(self._samples.dev, shown)
-        return self.scores(config, f"{len(shown)} in context", asked)
+        return self.scores(config, f"{len(shown)} in context", asked, config.calibrated)
 
     def zero_shot(self, config: RunConfig) -> Scores:
-        """Score before any training, once. Fresh adapters (B = 0) change no bit of it."""
+        """Score before any training, once, not calibrated. Fresh adapters (B = 0) change no bit of it."""
         if self._zero_shot is None:
             self._zero_shot = self.scores(config, "zero-shot")
         return self._zero_shot

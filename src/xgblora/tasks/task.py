@@ -129,6 +129,11 @@ class Task:
             return tuple(sorted(columns | columns_of_expression(self.options)))
         return tuple(sorted(columns.union(*map(columns_of, self.options))))
 
+    @property
+    def has_same_options(self) -> bool:
+        """Whether every row has the same options."""
+        return isinstance(self.options, tuple) and bool(self.options) and not any(map(columns_of, self.options))
+
     def asked(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
         """``row``, or the row that a text stands for."""
         if isinstance(row, Mapping):
@@ -152,7 +157,7 @@ class Task:
         else:
             templates = [Compiled("options", self.name, text) for text in self.options]
             compiled["options"] = lambda columns: [template(columns) for template in templates]
-            if not any(map(columns_of, self.options)):  # the same for all rows
+            if self.has_same_options:
                 fixed = cache(lambda: tuple(template({}) for template in templates))
                 compiled["options"] = lambda columns: fixed()
         if columns_of(self.option) == {"option"}:
