@@ -78,7 +78,13 @@ DEBIAN_SECTIONS = Task(
 )
 
 PACKAGE_NAMES = Task(
-    "PackageNames", "{{ text | trim }}. The name of this software is", "names", "name", _names, num_dev=300
+    "PackageNames",
+    "{{ text | trim }}. The name of this software is",
+    "names",
+    "name",
+    _names,
+    num_dev=300,
+    null_prompt="The name of this software is",
 )
 
 for task in (IMDB40, DEBIAN_SECTIONS, PACKAGE_NAMES):

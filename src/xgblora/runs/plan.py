@@ -103,7 +103,8 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
     rows = len(workspace.train)
     searched = config.boost_searched(rows)
     fitted, taught = min(rows - searched, config.boost_fitted), min(rows - searched, config.boost_teacher_examples)
-    forwarded = taught + searched + config.boost_boosters * (fitted + SEARCHES * searched)
+    looks = config.boost_boosters - (fitted == taught)  # the first booster is fitted to what the teacher saw
+    forwarded = taught + searched + looks * fitted + config.boost_boosters * SEARCHES * searched
     return forwarded, seconds * forwarded / max(examples, 1)
 
 
