@@ -1,6 +1,7 @@
 """Boosters fitted to pseudo-residuals: the fit is the optimum it claims to be, and the model follows it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -319,6 +320,19 @@ def test_a_first_booster_is_fitted_to_what_the_teacher_saw(fewer: dict[str, Any]
     searches = trainer.cost.sequences - teacher.cost.sequences - observed
     assert searches % searched == 0
     assert trainer.cost.passes == 1 + (not saved) + searches // searched
+
+
+def test_a_pair_that_has_learned_something_is_not_thrown_away(tmp_path: Path, randomise: Callable[..., None]) -> None:
+    model = build(ARCHITECTURES["opt"])
+    adapters = attach(model, 4, 16, ["out_proj"])
+    config = RunConfig(output_dir=str(tmp_path), use_cpu=True, recipe="boost")
+    recipe = BoostRecipe(adapters, OptionLoss(), config, Prefix(model, 0))
+    recipe.split(examples(20))
+    assert adapters.rank == 1
+    adapters.resize_pair(4)
+    randomise(adapters)
+    with pytest.raises(XgbloraError, match="of rank 4, has learned something: merge it first"):
+        recipe.split(examples(20))
 
 
 def test_mlp_layers_alone_are_fitted() -> None:

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedConfig
 
 from conftest import ARCHITECTURES, Run, build, examples
-from xgblora import Base, XgbloraError
+from xgblora import Base, RunConfig, XgbloraError
 from xgblora.base.states import last_states
 from xgblora.learn.readout import PENALTIES, fit_readout
 from xgblora.runs.experiment import ExperimentConfig, arms
@@ -118,6 +118,13 @@ def test_baselines_stand_beside_what_is_trained(run: Run, small: list[str], tmp_
         assert f"│ {name}" in out
     assert all((tmp_path / f"{name}.png").is_file() for name in ("loss", "summary"))
     assert "All 5 runs" in run("compare", "--output_root", tmp_path, *flags.split(), *small)[1]
+
+
+def test_a_readout_is_fitted_to_as_many_rows_as_a_training() -> None:
+    for readout in ("probe", "centroid"):
+        assert RunConfig(output_dir="x", use_cpu=True, trainer="none", readout=readout).train_rows == 1000
+    (probe,) = arms(ExperimentConfig(use_cpu=True, methods=["probe"], output_root="x", seeds=[0]))
+    assert (probe.readout, probe.train_rows) == ("probe", 1000)
 
 
 def test_backprop_takes_adam_at_a_rate_of_its_own() -> None:

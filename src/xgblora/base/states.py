@@ -9,20 +9,24 @@ from torch import Tensor, nn
 
 from xgblora.base.base import Base
 from xgblora.base.observation import rows_read
-from xgblora.data.batch import Batch, Example, split_by_tokens
+from xgblora.data.batch import Example, split_by_tokens
+from xgblora.progress import Progress
 
 PART_TOKENS = 1024
 """Tokens of one forward."""
 
 
 @torch.no_grad()
-def last_states(base: Base, examples: Sequence[Example], layers: Sequence[str]) -> tuple[Tensor, int]:
+def last_states(
+    base: Base, examples: Sequence[Example], layers: Sequence[str], progress: str | None = None
+) -> tuple[Tensor, int]:
     """Hidden states at the last word of each prompt, as some decoder layers leave them.
 
     Args:
         base: The model.
         examples: Their options are not looked at.
         layers: Names of decoder layers, of :attr:`Base.layers`.
+        progress: Name of a progress bar.
 
     Returns:
         (layers, examples, hidden) float32 on the CPU, and the tokens that were forwarded.
@@ -47,14 +51,11 @@ def last_states(base: Base, examples: Sequence[Example], layers: Sequence[str]) 
         hidden = output[0] if isinstance(output, tuple) else output
         kept[now][layer] = rows_read(hidden, batches[now]).float().cpu()
 
-    with ExitStack() as hooks:
+    with base.without_gradients(), Progress(len(examples), progress) as shown, ExitStack() as hooks:
         for name in layers:
             hooks.callback(base.layers[name].register_forward_hook(keep).remove)
-        for _ in base.hidden(_filled(batches), turn):
-            pass
+        filled = [batch.filled() for batch in batches]
+        for batch, _ in zip(batches, base.hidden(filled, turn), strict=True):
+            shown.add(batch.segments)
     states = [torch.cat([of_batch[base.layers[name]] for of_batch in kept]) for name in layers]
     return torch.stack(states), sum(batch.tokens for batch in batches)
-
-
-def _filled(batches: Sequence[Batch]) -> list[Batch]:
-    return [batch.filled() for batch in batches]

@@ -89,7 +89,7 @@ class RunConfig(Flags):
         if self.data_seed is None:
             self.data_seed = self.seed
         if self.num_train is None:
-            self.num_train = 0 if self.trainer == "none" else 1000
+            self.num_train = 0 if self.trainer == "none" and self.readout == "words" else 1000
         if self.early_stopping_boosters is None:
             judged = self.recipe == "boost" and self.num_dev != 0 and not self.load_best_model_at_end
             self.early_stopping_boosters = self.boost_boosters if judged else 0

@@ -14,7 +14,7 @@ from xgblora.base.states import last_states
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
-from xgblora.learn.evaluate import Evaluation
+from xgblora.learn.evaluate import Evaluation, accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,15 @@ class Readout:
     cost: Cost
     """What was forwarded to fit and to choose."""
 
-    def evaluate(self, rows: Sequence[Example]) -> Evaluation:
+    def evaluate(self, rows: Sequence[Example], progress: str | None = None) -> Evaluation:
         """What it answers to other rows, which have the options it was fitted to."""
-        states, _ = last_states(self.base, rows, [self.layer])
+        states, _ = last_states(self.base, rows, [self.layer], progress)
         return _evaluation(self.classifier, states[0], rows)
 
 
-def fit_readout(base: Base, kind: Kind, train: Sequence[Example], dev: Sequence[Example]) -> Readout:
+def fit_readout(
+    base: Base, kind: Kind, train: Sequence[Example], dev: Sequence[Example], progress: str | None = None
+) -> Readout:
     """Fit a classifier to hidden states of the base as it is.
 
     ``centroid`` takes the option whose training prompts' mean is nearest (hidden calibration, arXiv 2406.16535), in
@@ -58,6 +60,7 @@ def fit_readout(base: Base, kind: Kind, train: Sequence[Example], dev: Sequence[
         kind: Which classifier.
         train: What it is fitted to.
         dev: What chooses.
+        progress: Name of a progress bar.
 
     Raises:
         XgbloraError: The options are not the same in every row, some option is never right, there are no dev rows, or
@@ -68,7 +71,7 @@ def fit_readout(base: Base, kind: Kind, train: Sequence[Example], dev: Sequence[
     count = min(MOST_LAYERS, len(names))
     layers = [names[round((place + 1) * len(names) / count) - 1] for place in range(count)]
     candidates = _classifiers(kind)
-    states, tokens = last_states(base, [*train, *dev], layers)
+    states, tokens = last_states(base, [*train, *dev], layers, progress)
     labels = [example.label for example in train]
     best: tuple[float, Readout, str] | None = None
     for layer, of_layer in zip(layers, states, strict=True):
@@ -116,6 +119,7 @@ def _classifiers(kind: Kind) -> list[tuple[str, Any]]:
 def _evaluation(classifier: Any, states: Tensor, rows: Sequence[Example]) -> Evaluation:
     probabilities = torch.from_numpy(classifier.predict_proba(states.numpy())).float()
     predictions = probabilities.argmax(1).tolist()
-    right = [choice in (row.label, *row.also_correct) for choice, row in zip(predictions, rows, strict=True)]
     of_label = probabilities[range(len(rows)), [row.label for row in rows]].clamp(min=1e-9)
-    return Evaluation(sum(right) / len(rows), -of_label.log().mean().item(), predictions, None, list(probabilities))
+    return Evaluation(
+        accuracy(rows, predictions), -of_label.log().mean().item(), predictions, None, list(probabilities)
+    )

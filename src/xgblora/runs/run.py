@@ -111,10 +111,11 @@ def _untrained(config: RunConfig, workspace: Workspace) -> tuple[Scores, dict[st
     """How good the base is as it is, by the way that a configuration names, and what that took."""
     if config.readout != "words":
         memory, begun = PeakMemory(config.device), time.monotonic()
-        readout = fit_readout(workspace.base, config.readout, workspace.train, workspace.dev)
+        what, asked = (None, None) if config.disable_tqdm else (f"fitting the {config.readout}", config.readout)
+        readout = fit_readout(workspace.base, config.readout, workspace.train, workspace.dev, what)
         took = {"training_seconds": time.monotonic() - begun, "peak_memory_mb": memory.read()}
         cost = {f"forward_{name}": value for name, value in vars(readout.cost).items()}
-        return (readout.evaluate(workspace.eval), readout.on_dev), took | cost
+        return (readout.evaluate(workspace.eval, asked), readout.on_dev), took | cost
     if config.train_rows:
         return workspace.in_context(config), {}
     if config.calibrated:

@@ -63,6 +63,11 @@ class BoostRecipe(Recipe):
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.SEARCH)).tolist()
         fitted = order[count : count + self.config.boost_teacher_examples]
         if self.adapters.rank != (rank := self._directions(rows)):
+            if any(bool(layer.lora_B.any()) for layer in self.adapters.layers.values()):
+                raise XgbloraError(
+                    f"recipe boost trains a pair of rank {rank}, and the one that is there, of rank "
+                    f"{self.adapters.rank}, has learned something: merge it first (Ledger.merge)"
+                )
             self.adapters.resize_pair(rank)
         self.searched = [rows[i] for i in order[:count]]
         self.fitted = [rows[i] for i in sorted(fitted)]
