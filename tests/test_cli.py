@@ -777,7 +777,10 @@ def test_every_arm_keeps_the_flags_that_work_there() -> None:
     flags: dict[str, Any] = {"lora_r": 4, "xgblora_layers": 1, "xgblora_layer_choice": "top", "zo_eps": 0.5}
     flags |= {"lora_target_modules": ["fc2"], "boost_ridge": 2.0, "max_steps": 9, "eval_steps": 3}
     config = ExperimentConfig(use_cpu=True, **flags)
-    lora, xgblora, boost, shown = (arm(config, method) for method in METHODS)
+    arms = {method: arm(config, method) for method in METHODS}
+    lora, xgblora, boost, shown = (arms[name] for name in ("lora", "xgblora", "boost", "in-context"))
+    assert [arms[name].zo_eps for name in ("backprop", "calibrated", "centroid", "probe")] == 4 * [RunConfig.zo_eps]
+    assert arms["backprop"].lora_target_modules == ["fc2"]
     default = RunConfig(output_dir="unused", use_cpu=True)
     assert [a.rank for a in (lora, xgblora, boost)] == [4, 1, 1]
     assert [a.xgblora_layers for a in (lora, xgblora, boost, shown)] == [0, 1, 0, 0]
