@@ -19,7 +19,7 @@ OPTIONAL = {
     "reward": ("reward", "zero_shot_reward", "dev_reward"),
     "boosters": ("boosters",),
     "rank": ("rank",),
-    "seconds_per_step": ("seconds_per_step", "trainable_parameters"),
+    "trainable_parameters": ("seconds_per_step", "trainable_parameters"),
     "training_seconds": ("training_seconds", "peak_memory_mb"),
 }
 """Metrics that a run has together, or not at all: the first name says which."""
