@@ -93,10 +93,10 @@ class Result:
 
 def arms(config: ExperimentConfig) -> list[RunConfig]:
     """The configuration of every run, in order of method and seed."""
-    methods = config.methods or ["lora", "xgblora", "in-context"]
-    if not config.methods and not isinstance(task_of(config), Task):
+    methods, task = config.methods or ["lora", "xgblora", "in-context"], task_of(config)
+    if not config.methods and not isinstance(task, Task):
         methods.remove("in-context")  # conversations take no demonstrations
-    _require_possible(methods, task_of(config))
+    _require_possible(methods, task)
     ways: dict[str, dict[str, Any]] = {
         "in-context": {"num_train": min(config.in_context_examples, config.train_rows)},
         "backprop": {"learning_rate": config.backprop_learning_rate},

@@ -116,11 +116,23 @@ def _untrained(config: RunConfig, workspace: Workspace) -> tuple[Scores, dict[st
         took = {"training_seconds": time.monotonic() - begun, "peak_memory_mb": memory.read()}
         cost = {f"forward_{name}": value for name, value in vars(readout.cost).items()}
         return (readout.evaluate(workspace.eval, asked), readout.on_dev), took | cost
-    if config.train_rows:
+    method = _method(config)
+    if method == "in-context":
         return workspace.in_context(config), {}
-    if config.calibrated:
-        return workspace.scores(config, "calibrated", calibrated=True), {}
+    if method == "calibrated":
+        return workspace.scores(config, method, calibrated=True), {}
     return workspace.zero_shot(config), {}
+
+
+def _method(config: RunConfig) -> str:
+    """What a result calls the method of a configuration."""
+    if config.trainer != "none":
+        return "boost" if config.recipe == "boost" else config.method
+    if config.readout != "words":
+        return config.readout
+    if config.train_rows:
+        return "in-context"
+    return "calibrated" if config.calibrated else "zero-shot"
 
 
 def attach_for(config: RunConfig, base: Base) -> Adapters:
@@ -222,12 +234,8 @@ def _won_and_lost(rows: Sequence[Example], final: Evaluation, before: Evaluation
 def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, Evaluation | None]) -> dict[str, Any]:
     """What a run reached, and on what."""
     (final, dev), (zero_shot, dev_before) = scores, workspace.zero_shot(config)
-    method: str = "boost" if config.recipe == "boost" else config.method
-    if config.trainer == "none":
-        method = "in-context" if config.train_rows else "calibrated" if config.calibrated else "zero-shot"
-        method = method if config.readout == "words" else config.readout
     reached: dict[str, Any] = {
-        "method": method,
+        "method": _method(config),
         "trainer": config.trainer,
         "seed": config.seed,
         "model": config.model_name,
