@@ -2,7 +2,7 @@
 
     python benchmarks/boosting.py [--tasks RottenTomatoes IMDB40 DebianSections] [--methods boost zo_lora_r1 ...]
                                   [--seeds 0 1 2 3 4] [--fixed zo_lora_r1=3e-3 ...] [--output_root runs/boosting]
-                                  [--model_name SmolLM2-135M-Instruct] [--unpack]
+                                  [--model_name SmolLM2-135M-Instruct] [--unpack] [--prompt_beginning auto]
 
 The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows; every seed draws its own training and
 dev rows, the same ones for all methods. The learning rate (for boost: the ridge) of a method is, for each task, the
@@ -245,11 +245,13 @@ def main() -> None:
     parser.add_argument("--fixed", nargs="+", default=[], help="METHOD=VALUE: no trials of this method.")
     parser.add_argument("--model_name", default=EMBEDDED_MODEL)
     parser.add_argument("--unpack", action="store_true", help="Unpack a .gguf file once, as train --unpack does.")
+    parser.add_argument("--prompt_beginning", default="none", help="As train --prompt_beginning, for every method.")
     asked = parser.parse_args()
     fixed = {method: float(value) for method, value in (pair.split("=") for pair in asked.fixed)}
     if strangers := fixed.keys() - set(asked.methods):
         parser.error(f"--fixed names {', '.join(sorted(strangers))}, which --methods does not")
     common = COMMON | {"max_steps": asked.steps, "model_name": asked.model_name, "unpack": asked.unpack}
+    common |= {"prompt_beginning": asked.prompt_beginning}
     tables = {
         task: compare(Runs(asked.output_root, task, common, fixed), asked.methods, asked.seeds) for task in asked.tasks
     }

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from xgblora import Base, Example, LayerSubset, OptionLoss, RunConfig, attach, evaluate
-from xgblora.learn.fitted.activations import Forwards, Observed, TailLoss
-from xgblora.learn.fitted.boost import MOST_READS, put
-from xgblora.learn.fitted.fit import Kernel, fit
+from xgblora.learn.fitted.activations import Forwards, Observed
+from xgblora.learn.fitted.boost import put
+from xgblora.learn.fitted.fit import fit
+from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.fitted.teacher import without
 from xgblora.runs.workspace import Workspace
 
@@ -61,16 +62,15 @@ def measure(base: Base, train: list[Example], dev: list[Example]) -> list[dict[s
             adapters = attach(base, 1, 1, targets, xgblora=True, layers=LayerSubset(count, "top"))
             with base.without_gradients():
                 forwards = Forwards(adapters, OptionLoss())
-                seen, held_out = forwards.observe(train, dev, most=MOST_READS)
-                kernel = Kernel(seen.inputs)
+                seen, held_out = forwards.observe(train, dev)
                 loss = TailLoss(forwards, seen)
                 before = predicted(forwards, held_out)
                 outputs = None
                 if kind == DROPPED:
-                    outputs = fit(seen, loss, 1.0, kernel=kernel).outputs
+                    outputs = fit(seen, loss, 1.0).outputs
                     seen, held_out = (replace(o, hidden=without(o.hidden, outputs)) for o in (seen, held_out))
                 for ridge in RIDGES:
-                    learner = fit(seen, loss, ridge, outputs=outputs, kernel=kernel)
+                    learner = fit(seen, loss, ridge, outputs=outputs)
                     after = predicted(forwards, held_out, learner.at(held_out) @ learner.outputs)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})
@@ -79,7 +79,7 @@ def measure(base: Base, train: list[Example], dev: list[Example]) -> list[dict[s
                     wanted = (after - before).diff(dim=1)[:, 0]
                     for step in STEPS:
                         put(adapters, learner, step)
-                        realised = predicted(forwards, forwards.observe(dev, most=MOST_READS)[0])
+                        realised = predicted(forwards, forwards.observe(dev)[0])
                         moved = (realised - before).diff(dim=1)[:, 0]
                         real = evaluate(base, dev, batch_size=64)
                         correlation = torch.corrcoef(torch.stack([wanted, moved]))[0, 1].item()

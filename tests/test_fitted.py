@@ -29,10 +29,11 @@ from xgblora.base.observation import rows_read
 from xgblora.base.prefix import Prefix
 from xgblora.config import notes
 from xgblora.data.batch import build_batch
-from xgblora.learn.fitted.activations import Forwards, TailLoss
-from xgblora.learn.fitted.boost import MOST_READS, BoostRecipe, boost, line_search, put, shortest_as_good
+from xgblora.learn.fitted.activations import Forwards
+from xgblora.learn.fitted.boost import BoostRecipe, boost, line_search, put, shortest_as_good
 from xgblora.learn.fitted.fit import fit
 from xgblora.learn.fitted.tail import Tail
+from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.fitted.teacher import teach
 from xgblora.learn.fitted.writers import residual_writers, turned_down, written_along
 from xgblora.learn.losses import AnswerLoss, divergences
@@ -80,20 +81,24 @@ def test_one_forward_shows_the_tail_and_whether_layers_are_observed() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("of_answers", LOSSES)
-def test_the_fit_is_the_optimum_of_its_penalised_loss(options: str, of_answers: AnswerLoss) -> None:
+def test_the_fit_is_the_optimum_of_its_penalised_loss(
+    options: str, of_answers: AnswerLoss, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the optimum the gradient vanishes: every a_m is -1/weight times the sum of slopes times scaled inputs."""
+    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-8)
+    monkeypatch.setattr("xgblora.learn.fitted.fit.MOST_STEPS", 400)
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
         forwards = Forwards(adapters, of_answers)
-        (seen,) = forwards.observe(examples(60, OPTIONS[options]), most=MOST_READS)
+        (seen,) = forwards.observe(examples(60, OPTIONS[options]))
         loss = TailLoss(forwards, seen)
         learner = fit(seen, loss, ridge=1.0)
         assert learner.outputs.norm().item() == pytest.approx(1, abs=1e-5)
         change = learner.at(seen)
         torch.testing.assert_close(change, learner.change, rtol=1e-3, atol=1e-4)
-        before, _ = loss(seen.hidden)
-        after, gradient = loss(seen.hidden + learner.change @ learner.outputs)
+        before, moved = loss(seen.hidden), seen.hidden + learner.change @ learner.outputs
+        after, gradient = loss(moved), loss.gradient(moved)
         assert after.mean() < 0.9 * before.mean()
         slopes = gradient @ learner.outputs[0]
         spreads = [(x - x.mean(0)).norm(dim=1).mean() * len(seen.inputs) ** 0.5 for x in seen.inputs]
@@ -109,7 +114,7 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
     adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
     with torch.no_grad():
         forwards = forwards_of(adapters)
-        (seen,) = forwards.observe(examples(60), most=MOST_READS)
+        (seen,) = forwards.observe(examples(60))
         loss = TailLoss(forwards, seen)
         assert turned_down(adapters) == ["down_proj" in name for name in adapters.layers]
         learner = fit(seen, loss, 1.0)
@@ -133,8 +138,7 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
             if "down_proj" in name:
                 torch.testing.assert_close(layer.lora_A[0], -learner.share * along, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(layer.lora_B[:, 0], learner.outputs[0] / layer.scaling)
-        _, gradient = loss(seen.hidden + learner.change @ learner.outputs)
-        slopes = gradient @ learner.outputs[0]
+        slopes = loss.gradient(seen.hidden + learner.change @ learner.outputs) @ learner.outputs[0]
         assert abs(slopes @ opinion) < 1e-3 * slopes.abs() @ opinion.abs()
 
 
@@ -148,7 +152,7 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
     rows, held = examples(60, OPTIONS[options]), examples(20, OPTIONS[options], seed=9)
     teacher = teach(forwards, rows, held, opinion=opinion)
     with torch.no_grad():
-        seen, unseen = forwards.observe(rows, held, most=MOST_READS)
+        seen, unseen = forwards.observe(rows, held)
         seen, unseen = (replace(part, written=None) for part in (seen, unseen))  # the attention's alone
         learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
         assert teacher.directions == len(learner.outputs) == {"single": 1, "several": 2, "long": 4}[options]
@@ -253,7 +257,7 @@ def test_a_booster_moves_along_all_directions_of_its_round() -> None:
     adapters.resize_pair(4)
     with torch.no_grad():
         forwards = forwards_of(adapters)
-        (seen,) = forwards.observe(examples(60, OPTIONS["several"]), most=MOST_READS)
+        (seen,) = forwards.observe(examples(60, OPTIONS["several"]))
         learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
         assert len(learner.outputs) == 2
         put(adapters, learner, 0.5)
@@ -347,7 +351,7 @@ def test_a_larger_ridge_gives_a_shorter_learner() -> None:
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
         forwards = forwards_of(adapters)
-        (seen,) = forwards.observe(examples(40), most=MOST_READS)
+        (seen,) = forwards.observe(examples(40))
         loss = TailLoss(forwards, seen)
         sizes = [fit(seen, loss, ridge).change.norm() for ridge in (0.1, 1.0, 10.0)]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -562,7 +566,7 @@ def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines:
     assert line.endswith("in place of the base's opinion")
     searches = (trainer.cost.sequences - 48 - 40) / 8  # the first booster is fitted to what the teacher saw
     assert searches == trainer.cost.passes - 2
-    assert teacher.view is None
+    assert teacher.seen is None
 
 
 def test_the_flags_of_a_teacher_reach_it(tmp_path: Path) -> None:

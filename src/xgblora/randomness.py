@@ -21,6 +21,10 @@ class Stream(IntEnum):
     """Rows that are set aside to find step lengths."""
     DEMONSTRATIONS = 5
     """Answered examples in a prompt."""
+    LANDMARKS = 6
+    """Positions that stand for others in a fit."""
+    CURVATURE = 7
+    """Words that show how a loss bends."""
 
 
 def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:

@@ -270,8 +270,11 @@ class Base:
         """The ``count`` likeliest words (reads, count) of each of some final hidden states (reads, hidden)."""
         return likeliest(self.model, hidden, count)
 
-    def log_sum_of_others(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Log of the sum of e^logit over all words but ``words``, (reads,) float32, of final hidden states."""
+    def log_sum_of_others(self, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of the sum of e^logit over all words but ``words``, of final hidden states (reads, hidden).
+
+        Returns it, (reads,) float32, and its slope, (reads, hidden) float32.
+        """
         return log_sum_of_others(self.model, hidden, words)
 
     @contextmanager

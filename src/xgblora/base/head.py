@@ -1,6 +1,8 @@
 """The output head: logits and log-probabilities of final hidden states, in parts that memory bears."""
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,17 +54,36 @@ def likeliest(model: PreTrainedModel, hidden: Tensor, count: int) -> Tensor:
     return word
 
 
-def log_sum_of_others(model: PreTrainedModel, hidden: Tensor, words: Tensor) -> Tensor:
-    """Log of the sum of e^logit, (reads,) float32, over all words of the vocabulary but some."""
+def log_sum_of_others(model: PreTrainedModel, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the sum of e^logit over all words of the vocabulary but some, and its slope.
 
-    def chunk(hidden: Tensor, part: slice) -> Tensor:
-        inside = words[(words >= part.start) & (words < part.stop)] - part.start
-        return _logits(model, hidden, part).index_fill(1, inside, -torch.inf).logsumexp(1)
+    The head is multiplied twice, a part at a time: for the logits, and for what their slopes pull at.
 
-    parts = [
-        checkpoint(chunk, hidden, part, use_reentrant=False, preserve_rng_state=False) for part in _vocabulary(model)
-    ]
-    return torch.stack(parts).logsumexp(0)
+    Args:
+        model: Whose head it is.
+        hidden: Final hidden states (reads, hidden).
+        words: What is left out.
+
+    Returns:
+        (reads,) and (reads, hidden), float32.
+    """
+    total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+    slope = torch.zeros_like(hidden, dtype=torch.float32)
+    for rows in _vocabulary(model):
+        for part, weight, products in _products(model, hidden, rows):
+            inside = words[(words >= part.start) & (words < part.stop)] - part.start
+            products.requires_grad_()
+            with torch.enable_grad():
+                logits = finish_logits(model.config, products).index_fill(1, inside, -torch.inf)
+                of_part = logits.logsumexp(1)
+            (pull,) = torch.autograd.grad(of_part, products, torch.ones_like(of_part))
+            of_part = of_part.detach()
+            if len(inside) == part.stop - part.start:
+                continue
+            before, total = total, torch.logaddexp(total, of_part)
+            slope *= (before - total).exp()[:, None]
+            slope.addmm_(pull.mul_((of_part - total).exp()[:, None]), weight)
+    return total, slope
 
 
 def _log_probabilities(model: PreTrainedModel, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
@@ -92,11 +113,16 @@ def _vocabulary(model: PreTrainedModel) -> list[slice]:
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor, rows: Tensor | slice) -> Tensor:
+    of_parts = [products for _, _, products in _products(model, hidden, rows)]
+    return finish_logits(model.config, of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, dim=1))
+
+
+def _products(model: PreTrainedModel, hidden: Tensor, rows: Tensor | slice) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Products (reads, part) of hidden states with parts of the head's rows: which rows, those, and the products."""
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     weight = head.weight
     parts = weight.parts(rows) if isinstance(weight, PackedWeight) and isinstance(rows, slice) else [rows]
-    of_parts = [
-        F.linear(hidden.float(), weight[part].float(), None if bias is None else bias[part].float()) for part in parts
-    ]
-    return finish_logits(model.config, of_parts[0] if len(parts) == 1 else torch.cat(of_parts, dim=1))
+    for part in parts:
+        of_part = weight[part].float()
+        yield part, of_part, F.linear(hidden.float(), of_part, None if bias is None else bias[part].float())

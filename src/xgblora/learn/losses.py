@@ -170,13 +170,21 @@ def option_scores(head: Head, hidden: Tensor, batch: Batch, normalised: bool = F
     Returns:
         (segments, max_options) float32, -inf where there is no option.
     """
+    return option_means(token_scores(head, hidden, batch, normalised), batch)
+
+
+def token_scores(head: Head, hidden: Tensor, batch: Batch, normalised: bool = False) -> Tensor:
+    """What :func:`option_scores` takes the means of: (targets,) float32."""
     if batch.single_token and not normalised:
         words, column = torch.unique(batch.target, return_inverse=True)
-        token_scores = head.logits(hidden, words)[batch.target_read, column]
-    else:
-        token_scores = head.log_probabilities(hidden, batch.target_read, batch.target)
+        return head.logits(hidden, words)[batch.target_read, column]
+    return head.log_probabilities(hidden, batch.target_read, batch.target)
+
+
+def option_means(scores: Tensor, batch: Batch) -> Tensor:
+    """Means (segments, max_options) of the scores (targets,) of each option's tokens, -inf where there is none."""
     options = batch.option_cell.numel()
-    total = token_scores.new_zeros(options).index_add(0, batch.target_option, token_scores)
+    total = scores.new_zeros(options).index_add(0, batch.target_option, scores)
     mean = total / torch.bincount(batch.target_option, minlength=options)
     cells = mean.new_full((batch.segments * batch.max_options,), -torch.inf)
     return cells.index_copy(0, batch.option_cell, mean).view(batch.segments, batch.max_options)

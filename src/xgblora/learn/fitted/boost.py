@@ -14,18 +14,16 @@ from xgblora.config import RunConfig
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
-from xgblora.learn.fitted.activations import Forwards, TailLoss, parts, scored
-from xgblora.learn.fitted.fit import Learner, View, fit
+from xgblora.learn.fitted.activations import Forwards, Observed, parts
+from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.recipe import Fit, Recipe
+from xgblora.learn.fitted.tail_loss import TailLoss, scored
 from xgblora.learn.fitted.teacher import Teacher, teach
 from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
 from xgblora.learn.losses import AnswerLoss, OptionLoss
 from xgblora.randomness import Stream, generator
 
 logger = logging.getLogger(__name__)
-
-MOST_READS = 2048
-"""Predicting positions that one booster is fitted on at most: the fit takes time with the third power of them."""
 
 MOST_DIRECTIONS = 8
 """Directions of a booster at most, where nobody says how many."""
@@ -88,7 +86,7 @@ class BoostRecipe(Recipe):
             self.teacher, cost = self._teach()
         booster = boost(
             self.forwards,
-            self._view(examples) or examples,
+            self._seen(examples) or examples,
             self.searched,
             ridge=self.config.boost_ridge if self.teacher is None else self.config.boost_follow_ridge,
             teacher=self.teacher,
@@ -99,13 +97,13 @@ class BoostRecipe(Recipe):
             self._require_reached()
         return replace(booster, cost=cost + booster.cost)
 
-    def _view(self, examples: Sequence[Example]) -> View | None:
+    def _seen(self, examples: Sequence[Example]) -> Observed | None:
         """What the teacher saw, where a first booster is fitted to the same rows. It is kept no longer."""
         if self.teacher is None:
             return None
-        view, self.teacher.view = self.teacher.view, None
-        same = view is not None and len(view.seen.examples) == len(examples) == len(self.fitted)
-        return view if same and self.adapters.boosters == self.first else None
+        seen, self.teacher.seen = self.teacher.seen, None
+        same = seen is not None and len(seen.examples) == len(examples) == len(self.fitted)
+        return seen if same and self.adapters.boosters == self.first else None
 
     def _require_reached(self) -> None:
         """Raise :class:`XgbloraError` where a first booster without a step means that something is wrong."""
@@ -155,7 +153,7 @@ class BoostRecipe(Recipe):
 @torch.no_grad()
 def boost(
     forwards: Forwards,
-    examples: Sequence[Example] | View,
+    examples: Sequence[Example] | Observed,
     searched: Sequence[Example],
     ridge: float = 1.0,
     teacher: Teacher | None = None,
@@ -179,9 +177,9 @@ def boost(
     Raises:
         XgbloraError: There are too few examples, or an adapted layer does not write to the residual stream.
     """
-    view = examples if isinstance(examples, View) else None
-    if isinstance(examples, View):
-        examples = examples.seen.examples
+    seen = examples if isinstance(examples, Observed) else None
+    if isinstance(examples, Observed):
+        examples = examples.examples
     if teacher is not None:
         examples, searched = ([row for row in rows if teacher.knows(row)] for rows in (examples, searched))
     if len(examples) < 2 or not searched:
@@ -192,16 +190,15 @@ def boost(
     adapters, tokens = forwards.adapters, forwards.tokens
     require_writers(adapters)
     number = adapters.boosters + 1
-    looking = view is None
-    if view is None:
+    looking = seen is None
+    if seen is None:
         forwards.note(f"booster {number}: looking at {len(examples):,} examples")
-        view = View(*forwards.observe(examples, most=MOST_READS))
-    seen = view.seen
+        (seen,) = forwards.observe(examples)
     forwards.note(f"booster {number}: fitting")
     labelled = TailLoss(forwards, seen)
     loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
     with forwards.base.held():
-        learner = fit(seen, loss, ridge, adapters.rank, kernel=view.kernel)
+        learner = fit(seen, loss, ridge, adapters.rank)
     put(adapters, learner, 0.0)
     batches = list(parts(searched, forwards.base.packed))
     losses: dict[float, Tensor] = {}
@@ -236,7 +233,7 @@ def boost(
     chosen = shortest_as_good(asked, best) if teacher is None else best  # a teacher's words carry no chance
     step_by(adapters, learner, chosen * shrinkage)
     return Fit(
-        loss=labelled(seen.hidden)[0].double().mean().item(),
+        loss=labelled(seen.hidden).double().mean().item(),
         before=losses[0.0].mean().item(),
         after=losses[chosen].mean().item(),
         step_length=chosen,

@@ -1,22 +1,36 @@
 """The weak learner: a few directions, and a linear function of layer inputs along each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xgblora.learn.fitted.activations import Observed, TailLoss
+from xgblora.learn.fitted.activations import Observed
+from xgblora.learn.fitted.kernel import ridge_regression
+from xgblora.learn.fitted.tail_loss import Bend, TailLoss
+from xgblora.randomness import Stream, generator
 
 MINOR = 0.01
 """Share of what a reduced-rank regression explains, below which a direction is left out."""
 
-MOST_EXPANSIONS = 6
-"""How often the head is expanded again, where the fit has gone to."""
+MOST_STEPS = 40
+"""Newton steps of a fit at most."""
+
+ENOUGH = 1e-4
+"""Share of the loss that a Newton step must lower it by; with less a fit ends."""
 
 EXACT = 1e-3
 """Share by which the loss of a part of the vocabulary may differ from the whole one's where a fit ends."""
+
+SHORTEST = 1 / 64
+"""Share of a Newton step below which none is tried."""
+
+MOST_PRODUCTS = 100
+"""Products with the second derivative, of one Newton step."""
+
+LEFT = 0.01
+"""Share of the slope that may be left where a Newton step ends."""
 
 
 @dataclass(frozen=True)
@@ -38,80 +52,15 @@ class Learner:
         return along if seen.written is None else along - self.share * (seen.written @ self.outputs.T)
 
 
-class Kernel:
-    """How alike examples are to a linear function of layer inputs, which are scaled so that every layer counts alike.
-
-    Inputs of a layer are divided by their mean distance from their mean; they keep their mean, which serves as the
-    intercept. The Gram matrix (T, T) is of float64, for the sake of its root.
-
-    Args:
-        inputs: (T, in) for each layer.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        count = len(inputs[0])
-        self.gram = torch.zeros(count, count, dtype=torch.float64, device=inputs[0].device)
-        self.scales: list[float] = []
-        self.variance = 0.0
-        """Mean squared distance of the scaled inputs from their mean; 0 where all examples look alike."""
-        for x in inputs:
-            whole = x.float()
-            centred = whole - whole.mean(0)
-            spread = centred.norm(dim=1).mean().item()
-            # The first layer may see one input in all examples, at a prompt's last word: nothing to learn.
-            flat = spread <= 1e-5 * whole.norm(dim=1).mean().item()
-            scale = 0.0 if flat else 1 / spread / len(inputs) ** 0.5
-            self.scales.append(scale)
-            if not flat:
-                scaled = x.double() * scale
-                self.gram.addmm_(scaled, scaled.T)
-                self.variance += (centred * scale).square().sum(1).mean().item()
-        # A little more on its diagonal makes examples that look alike to the layers differ by rounding alone.
-        self.gram.diagonal().add_(1e-9 * self.gram.diagonal().mean())
-
-    @cached_property
-    def cholesky(self) -> Tensor:
-        """The lower root (T, T) of the Gram matrix, float64."""
-        return torch.linalg.cholesky(self.gram)
-
-    @cached_property
-    def root(self) -> Tensor:
-        """The same, float32."""
-        return self.cholesky.float()
-
-    def fitted(self, values: Tensor, penalty: float) -> Tensor:
-        """The ridge regression of ``values`` (T, n) on the inputs: K (K + penalty)^-1 values, float64."""
-        ridged = self.gram.clone()
-        ridged.diagonal().add_(penalty)
-        values = values.double()
-        return values - penalty * torch.cholesky_solve(values, torch.linalg.cholesky(ridged, out=ridged))
-
-
-@dataclass(frozen=True)
-class View:
-    """What fits look at; the kernel is computed once, by the first that asks."""
-
-    seen: Observed
-
-    @cached_property
-    def kernel(self) -> Kernel:
-        """That of the layers' inputs."""
-        return Kernel(self.seen.inputs)
-
-
-def fit(
-    seen: Observed,
-    loss: TailLoss,
-    ridge: float,
-    directions: int = 1,
-    outputs: Tensor | None = None,
-    kernel: Kernel | None = None,
-) -> Learner:
+def fit(seen: Observed, loss: TailLoss, ridge: float, directions: int = 1, outputs: Tensor | None = None) -> Learner:
     """Fit the learner that lowers the loss of final hidden states h_t + sum_r f_tr u_r most, f_tr = sum_m a_mr . x_t^m.
 
     The penalty is ridge * variance * curvature / 2 * sum |a_m|^2 in units of :class:`Kernel`, with its variance and the
     loss's second derivative along u: both make ``ridge`` a number without units. What the layers that are turned down
     write along u is taken away by one share gamma for each u, which is not penalised.
+
+    It goes by Newton steps. Where the loss asks for words out of the whole vocabulary, they go by a part of it, which
+    is taken again where they have got to.
 
     Args:
         seen: Inputs x and final hidden states h of the examples.
@@ -119,54 +68,87 @@ def fit(
         ridge: Penalty, without units.
         directions: At most so many, and only those that explain MINOR of all that inputs explain.
         outputs: Take these directions, (directions, hidden), instead.
-        kernel: That of the inputs of ``seen``, where it serves several fits.
     """
-    kernel = kernel or Kernel(seen.inputs)
-    _, uphill = loss(seen.hidden)
+    kernel = seen.kernel
     if kernel.variance == 0:  # all examples look alike to these layers
         outputs = torch.eye(1, seen.hidden.shape[1], device=seen.hidden.device)
         none = [x.new_zeros(1, x.shape[1], dtype=torch.float32) for x in seen.inputs]
         return Learner(outputs, none, outputs.new_zeros(1), torch.zeros_like(seen.hidden[:, :1]))
     penalty = ridge * kernel.variance
-    if outputs is None:
-        outputs = _explaining(kernel, penalty, -uphill, directions)
+    coordinates = seen.coordinates
     loss.expand(seen.hidden)
+    if outputs is None:
+        outputs = _explaining(coordinates, penalty, -loss.gradient(seen.hidden), directions)
     weight = penalty * torch.tensor([loss.curvature(seen.hidden, u) for u in outputs], device=outputs.device)
+    opinion = seen.hidden.new_zeros(len(coordinates), 1) if seen.written is None else seen.written @ outputs.T
+    unit = coordinates.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # like the others together
 
-    root = kernel.root  # f = root @ b and sum |a_m|^2 = |b|^2 with the Gram matrix = root @ root.T
-    opinion = seen.hidden.new_zeros(len(root), 1) if seen.written is None else seen.written @ outputs.T
-    unit = root.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # the size of the others together
-    b = nn.Parameter(root.new_zeros(len(root) + 1, len(outputs)))  # last row: gamma / unit
+    def change(b: Tensor) -> Tensor:  # last row: gamma / unit
+        return coordinates @ b[:-1] - unit * opinion * b[-1]
 
-    def change(b: Tensor) -> Tensor:
-        return root @ b[:-1] - unit * opinion * b[-1]
+    def slope(along: Tensor) -> Tensor:
+        return torch.cat([coordinates.T @ along, -unit * (opinion * along).sum(0, keepdim=True)])
 
-    def closure() -> Tensor:
-        losses, gradient = loss(seen.hidden + change(b.detach()) @ outputs)
-        along = gradient @ outputs.T
-        b.grad = torch.cat([root.T @ along, -unit * (opinion * along).sum(0, keepdim=True)])
-        b.grad[:-1] += weight * b.detach()[:-1]
-        return losses.double().sum() + 0.5 * (weight * b[:-1].double().square()).sum()
+    def penalised(b: Tensor) -> Tensor:
+        return torch.cat([weight * b[:-1], torch.zeros_like(b[-1:])])
 
-    for _ in range(MOST_EXPANSIONS):
-        optimizer = torch.optim.LBFGS([b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
-        optimizer.step(closure)
-        if loss.whole:
-            break
-        reached = closure().item()
-        loss.expand(seen.hidden + change(b.detach()) @ outputs)
-        if abs(closure().item() - reached) <= EXACT * abs(reached):
-            break
+    def cost(b: Tensor, losses: Tensor) -> float:
+        return losses.double().sum().item() + 0.5 * (b.double() * penalised(b)).sum().item()
+
+    draw = generator(0, Stream.CURVATURE)
+    b = coordinates.new_zeros(coordinates.shape[1] + 1, len(outputs))
+    here = cost(b, loss(seen.hidden))
+    for _ in range(MOST_STEPS):
+        bend = loss.bend(seen.hidden + change(b) @ outputs, outputs, draw)
+
+        def curved(p: Tensor, bend: Bend = bend) -> Tensor:
+            return slope(bend.curved(change(p))) + penalised(p)
+
+        step = conjugate_gradient(curved, -slope(bend.slopes) - penalised(b))
+        length, before = 1.0, here
+        while length >= SHORTEST:
+            near = seen.hidden + change(b + length * step) @ outputs
+            if (there := cost(b + length * step, loss(near))) < here:
+                b, here = b + length * step, there
+                break
+            length /= 2
+        if before - here <= ENOUGH * abs(here):
+            if loss.whole:
+                break
+            loss.expand(seen.hidden + change(b) @ outputs)
+            reached, here = here, cost(b, loss(seen.hidden + change(b) @ outputs))
+            if abs(here - reached) <= EXACT * abs(here):
+                break
     loss.expand(None)
-    best = b.detach()
-    dual = torch.linalg.solve_triangular(kernel.cholesky.T, best[:-1].double(), upper=True).float()
-    inputs = [scale**2 * (dual.T @ x.float()) for x, scale in zip(seen.inputs, kernel.scales, strict=True)]
-    return Learner(outputs, inputs, unit * best[-1], change(best))
+    return Learner(outputs, kernel.weights(b[:-1]), unit * b[-1], change(b))
 
 
-def _explaining(kernel: Kernel, penalty: float, residual: Tensor, most: int) -> Tensor:
-    """Directions (directions, hidden) of a reduced-rank ridge regression of (T, hidden) on a kernel's inputs."""
-    _, sizes, rows = torch.linalg.svd(kernel.fitted(residual, penalty), full_matrices=False)
+def conjugate_gradient(product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
+    """Solve product(x) = right, where product is symmetric and positive, to within LEFT (Hestenes and Stiefel 1952).
+
+    Example:
+        >>> conjugate_gradient(lambda x: 2 * x, torch.tensor([4.0, 6.0]))
+        tensor([2., 3.])
+    """
+    x = torch.zeros_like(right)
+    left = direction = right
+    size = first = left.square().sum()
+    for _ in range(MOST_PRODUCTS):
+        if size <= LEFT**2 * first:
+            break
+        produced = product(direction)
+        length = size / (direction * produced).sum()
+        x = x + length * direction
+        left = left - length * produced
+        before, size = size, left.square().sum()
+        direction = left + size / before * direction
+    return x
+
+
+def _explaining(coordinates: Tensor, penalty: float, residual: Tensor, most: int) -> Tensor:
+    """Directions (directions, hidden) of a reduced-rank ridge regression of (T, hidden) on coordinates."""
+    fitted = ridge_regression(coordinates, residual, penalty)
+    _, sizes, rows = torch.linalg.svd(fitted.double(), full_matrices=False)
     kept = int((sizes.square() >= MINOR * sizes.square().sum()).sum())
     outputs = rows[: max(1, min(most, kept))].float()
     return torch.where((residual @ outputs.T).sum(0)[:, None] < 0, -outputs, outputs)

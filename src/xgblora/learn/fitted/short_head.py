@@ -9,6 +9,11 @@ LIKELIEST = 16
 """Words that count one by one, of each position the likeliest; the others' sum is a straight line in its logarithm."""
 
 
+def listed(base: Base, final: Tensor, words: Tensor) -> Tensor:
+    """Words worth listing, in ascending order: ``words``, and the likeliest ones of each state (reads, hidden)."""
+    return torch.unique(torch.cat([words, base.likeliest(final, LIKELIEST).flatten()]))
+
+
 class ShortHead:
     """Log-probabilities of final hidden states close to some others, without most of the vocabulary.
 
@@ -18,18 +23,14 @@ class ShortHead:
     Args:
         base: Whose head it is.
         final: g0, (reads, hidden), as the head takes it.
-        words: Listed in any case: the words that will be asked for.
+        words: Which are listed, in ascending order; those among them that will be asked for.
     """
 
     def __init__(self, base: Base, final: Tensor, words: Tensor) -> None:
         self.base = base
-        self.words = torch.unique(torch.cat([words, base.likeliest(final, LIKELIEST).flatten()]))
-        self.at = final.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            rest = base.log_sum_of_others(self.at, self.words)
-            (self.slope,) = torch.autograd.grad(rest.sum(), self.at)
-        self.at.requires_grad_(False)
-        self.rest = rest.detach()
+        self.words = words
+        self.at = final.detach()
+        self.rest, self.slope = base.log_sum_of_others(self.at, self.words)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """As :meth:`Base.logits`."""

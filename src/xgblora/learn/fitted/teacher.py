@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from xgblora.data.batch import Example
 from xgblora.learn.cost import Cost
-from xgblora.learn.fitted.activations import Forwards, Observed, TailLoss
-from xgblora.learn.fitted.fit import View, fit
-
-MOST_TAUGHT = 4096
-"""Predicting positions that a teacher is fitted on at most."""
+from xgblora.learn.fitted.activations import Forwards, Observed
+from xgblora.learn.fitted.fit import fit
+from xgblora.learn.fitted.tail_loss import TailLoss
 
 
 class Teacher:
@@ -29,7 +27,7 @@ class Teacher:
         where it replaces that (False). The better one is what it says."""
         self.cost = cost
         """What was forwarded, once, to fit it."""
-        self.view: View | None = None
+        self.seen: Observed | None = None
         """What it was fitted to; a first booster may be fitted to the same."""
         self._answers: dict[Hashable, Tensor] = {}
 
@@ -77,30 +75,29 @@ def teach(
             lower loss on ``held``.
     """
     tokens = forwards.tokens
-    both = forwards.observe(examples, held, most=MOST_TAUGHT)
+    both = forwards.observe(examples, held)
     seen, unseen = (replace(observed, written=None) for observed in both)
-    view = View(both[0])
     loss, check = (TailLoss(forwards, observed) for observed in (seen, unseen))
     outputs: Tensor | None = None
     answers: dict[bool, tuple[Tensor, Tensor, float]] = {}
     with forwards.base.held():
-        before = check(unseen.hidden)[0].double().mean().item()
+        before = check(unseen.hidden).double().mean().item()
         for kept in (True,) if opinion == "keep" else (True, False):
             fitted, new = seen, unseen
             if outputs is not None:  # the directions are those with its opinion
                 fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-            learner = fit(fitted, loss, ridge, directions, outputs, view.kernel)
+            learner = fit(fitted, loss, ridge, directions, outputs)
             outputs = learner.outputs
             moved = new.hidden + learner.at(new) @ outputs
             probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
-            answers[kept] = probabilities, check.probabilities(moved), check(moved)[0].double().mean().item()
+            answers[kept] = probabilities, check.probabilities(moved), check(moved).double().mean().item()
     losses = {kept: answers[kept][2] for kept in answers if not (kept and opinion == "drop")}
     cost = Cost(1, len(seen.examples) + len(unseen.examples), forwards.tokens - tokens)
     teacher = Teacher(len(learner.outputs), before, losses, cost)
     of_seen, of_unseen, _ = answers[min(losses, key=losses.__getitem__)]
     teacher.learn(seen, of_seen)
     teacher.learn(unseen, of_unseen)
-    teacher.view = view
+    teacher.seen = both[0]
     return teacher
 
 
