@@ -34,9 +34,10 @@ from xgblora.learn.fitted.boost import BoostRecipe, boost, line_search, put, sho
 from xgblora.learn.fitted.fit import fit
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.tail_loss import TailLoss
-from xgblora.learn.fitted.teacher import teach
+from xgblora.learn.fitted.teacher import MINOR, teach
 from xgblora.learn.fitted.writers import residual_writers, turned_down, written_along
 from xgblora.learn.losses import AnswerLoss, divergences
+from xgblora.randomness import Stream, generator
 
 OPTIONS = {"single": [[5], [9]], "several": [[5], [9], [13]], "long": [[5, 6], [9], [13, 14, 15]]}
 LOSSES: list[AnswerLoss] = [OptionLoss(), TextLoss()]
@@ -79,6 +80,26 @@ def test_one_forward_shows_the_tail_and_whether_layers_are_observed() -> None:
         Tail(base, [base.model.get_output_embeddings()])
 
 
+def lengths_around(base: Base, batches: list[Batch]) -> list[float]:
+    """Mean length of what each decoder layer leaves where a batch predicts something, over batches."""
+    seen: dict[str, list[float]] = {name: [] for name in base.layers}
+    numbers = iter(range(len(batches) * len(base.layers)))
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        batch = batches[next(numbers) // len(base.layers)]
+        seen[name].append(rows_read(output, batch).norm(dim=1).mean().item())
+
+    hooks = [
+        layer.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
+        for name, layer in base.layers.items()
+    ]
+    for _ in base.hidden(batches):
+        pass
+    for hook in hooks:
+        hook.remove()
+    return [sum(lengths) / len(lengths) for lengths in seen.values()]
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("of_answers", LOSSES)
 def test_the_fit_is_the_optimum_of_its_penalised_loss(
@@ -87,6 +108,7 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(
     """At the optimum the gradient vanishes: every a_m is -1/weight times the sum of slopes times scaled inputs."""
     monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-8)
     monkeypatch.setattr("xgblora.learn.fitted.fit.MOST_STEPS", 400)
+    monkeypatch.setattr("xgblora.learn.fitted.tail_loss.SAMPLED", 128)
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
     with torch.no_grad():
@@ -102,10 +124,15 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(
         assert after.mean() < 0.9 * before.mean()
         slopes = gradient @ learner.outputs[0]
         spreads = [(x - x.mean(0)).norm(dim=1).mean() * len(seen.inputs) ** 0.5 for x in seen.inputs]
+        if isinstance(of_answers, TextLoss):  # layers count by the length of the stream they write to
+            streams = lengths_around(adapters.base, seen.batches)
+            spreads = [spread * max(streams) / stream for spread, stream in zip(spreads, streams, strict=True)]
         variance = sum(((x - x.mean(0)) / s).square().sum(1).mean() for x, s in zip(seen.inputs, spreads, strict=True))
-        weight = variance * loss.curvature(seen.hidden, learner.outputs[0])
+        bend = loss.bend(seen.hidden, learner.outputs, generator(0, Stream.CURVATURE), undecided=True)
+        weight = variance * bend.curvature[0]
         for x, (a,), spread in zip(seen.inputs, learner.inputs, spreads, strict=True):
-            torch.testing.assert_close(a, -(x.T @ slopes) / spread**2 / weight, rtol=0.02, atol=1e-3 * a.abs().max())
+            expected, near = -(x.T @ slopes) / spread**2 / weight, 5e-3 if isinstance(of_answers, TextLoss) else 1e-3
+            torch.testing.assert_close(a, expected, rtol=0.02, atol=near * a.abs().max())
 
 
 def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
@@ -144,8 +171,11 @@ def test_mlp_layers_are_turned_down_by_the_share_that_is_best() -> None:
 
 @pytest.mark.parametrize("opinion", ["keep", "drop"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep", "drop"]) -> None:
+def test_a_teacher_says_what_its_fit_would(
+    options: str, opinion: Literal["keep", "drop"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kept, f is added to the final hidden state; dropped, it is all there is along the teacher's directions."""
+    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-8)
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
     forwards = forwards_of(adapters)
@@ -154,7 +184,7 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
     with torch.no_grad():
         seen, unseen = forwards.observe(rows, held)
         seen, unseen = (replace(part, written=None) for part in (seen, unseen))  # the attention's alone
-        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
+        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4, least=MINOR)
         assert teacher.directions == len(learner.outputs) == {"single": 1, "several": 2, "long": 4}[options]
         torch.testing.assert_close(learner.outputs @ learner.outputs.T, torch.eye(teacher.directions))
         for outputs in learner.outputs if opinion == "drop" else []:
@@ -166,7 +196,7 @@ def test_a_teacher_says_what_its_fit_would(options: str, opinion: Literal["keep"
             moved = part.hidden + learner.at(part) @ learner.outputs
             batch = build_batch(part.examples, True)
             expected = forwards.tail.scores(moved, batch, False).softmax(1)
-            torch.testing.assert_close(teacher.targets(part.examples), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(teacher.targets(part.examples), expected, rtol=2e-3, atol=5e-4)
     log = teacher.targets(held)[range(20), [example.label for example in held]].log().mean().item()
     assert teacher.losses == {opinion == "keep": pytest.approx(-log, rel=1e-4)}
     assert teacher.cost.sequences == 80
@@ -258,7 +288,7 @@ def test_a_booster_moves_along_all_directions_of_its_round() -> None:
     with torch.no_grad():
         forwards = forwards_of(adapters)
         (seen,) = forwards.observe(examples(60, OPTIONS["several"]))
-        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
+        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4, least=MINOR)
         assert len(learner.outputs) == 2
         put(adapters, learner, 0.5)
         change = torch.zeros_like(seen.hidden)
@@ -413,6 +443,17 @@ def test_what_was_forwarded_is_counted() -> None:
     assert cost.sequences == 35 + 5 * evaluations
     assert cost.passes == len(passes) == 1 + evaluations
     assert cost.tokens == 3 * cost.sequences
+
+
+def test_a_fit_that_is_stopped_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgblora.learn.fitted.fit.MOST_STEPS", 1)
+    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 0.0)
+    forwards = forwards_of(attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True))
+    with torch.no_grad():
+        (seen,) = forwards.observe(examples(60))
+        loss = TailLoss(forwards, seen)
+        learner = fit(seen, loss, 1.0)
+        assert loss(seen.hidden + learner.change @ learner.outputs).mean() < 0.9 * loss(seen.hidden).mean()
 
 
 def test_examples_that_all_look_alike_teach_nothing() -> None:

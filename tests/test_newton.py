@@ -127,7 +127,7 @@ def test_coordinates_reproduce_the_gram_matrix() -> None:
     gram = sum((x * scale) @ (x * scale).T for x, scale in zip(inputs, kernel.scales, strict=True))
     torch.testing.assert_close(coordinates @ coordinates.T, gram, rtol=1e-2, atol=1e-2)  # 7 dimensions, 8 landmarks
     b = some(8, 2)
-    along = sum(x @ a.T for x, a in zip(inputs, kernel.weights(b), strict=True))
+    along = sum(x @ a.T for x, a in zip(inputs, kernel.function(b), strict=True))
     torch.testing.assert_close(along, coordinates @ b, rtol=1e-2, atol=1e-2)
 
 

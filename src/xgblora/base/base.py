@@ -199,7 +199,7 @@ class Base:
         What the writers give that have ``biases`` (hidden,) is added up. Raises :class:`XgbloraError` where one of all
         these is not called once, with all words.
         """
-        last = list(self.layers.values())[-1]
+        decoder_layers = list(self.layers.values())
         names = {module: name.removesuffix(".base_layer") for name, module in self.model.named_modules()}
         asked = {names[module] for module in (*layers, *biases)}
         writers = {name: writer for name, writer in self.writers.items() if name in asked} if asked else {}
@@ -210,7 +210,7 @@ class Base:
                 for module in (*layers, *biases)
                 if (writer := writers.get(names[module])) is not None and writer.gain is not None
             }
-            with as_written(self.model), strengths, Watch(wave, layers, last, biases, passed) as watch:
+            with as_written(self.model), strengths, Watch(wave, layers, decoder_layers, biases, passed) as watch:
                 final = self._forward(wave, together(strengths.turn, watch.turn))
             try:
                 yield from watch.observations(final)

@@ -21,13 +21,15 @@ class Observation:
     ``inputs``: (reads, in) for each layer asked about, in the model's dtype, times the strength with which the position
     passes on what the layer gives. ``last``: (reads, hidden), as the last decoder layer leaves it; ``final``: (reads,
     hidden), as the head takes it. ``written``: (reads, hidden) float32, what the writers asked about give together
-    beside their biases, as far as it reaches ``last``.
+    beside their biases, as far as it reaches ``last``. ``sizes``: for each layer asked about, the mean length of
+    what its decoder layer leaves; 1 outside of these.
     """
 
     inputs: list[Tensor]
     last: Tensor
     final: Tensor
     written: Tensor | None
+    sizes: list[float]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Watch:
     Args:
         wave: The batches that are forwarded.
         layers: Whose inputs are kept.
-        last: The last decoder layer.
+        decoder_layers: All of them, in order.
         biases: (hidden,) of the layers whose outputs are added up, which takes less memory than to keep what enters
             them.
         passed: How what layers give reaches the last one's output, of those where it is not as it is.
@@ -56,13 +58,16 @@ class Watch:
         self,
         wave: Sequence[Batch],
         layers: Sequence[nn.Module],
-        last: nn.Module,
+        decoder_layers: Sequence[nn.Module],
         biases: Mapping[nn.Module, Tensor],
         passed: Mapping[nn.Module, Passed],
     ) -> None:
-        self.wave, self.layers, self.last, self.biases, self.passed = wave, layers, last, biases, passed
+        self.wave, self.layers, self.biases, self.passed = wave, layers, biases, passed
+        self.decoder_layers, self.last = decoder_layers, decoder_layers[-1]
+        self._around = {module: layer for layer in decoder_layers for module in layer.modules()}
         self._inputs: list[dict[nn.Module, Tensor | None]] = [{} for _ in wave]
         self._outputs: dict[int, Tensor] = {}
+        self._sizes: list[dict[nn.Module, float]] = [{} for _ in wave]
         self._written: list[Tensor | None] = [None] * len(wave)
         self._apart: list[dict[nn.Module, Tensor]] = [{} for _ in wave]
         self._wrote: list[Counter[nn.Module]] = [Counter() for _ in wave]
@@ -78,7 +83,8 @@ class Watch:
             self._hooks.callback(layer.register_forward_pre_hook(self._keep_input).remove)
         for writer in self.biases:
             self._hooks.callback(writer.register_forward_hook(self._add_output).remove)
-        self._hooks.callback(self.last.register_forward_hook(self._keep_output).remove)
+        for layer in self.decoder_layers:
+            self._hooks.callback(layer.register_forward_hook(self._keep_output).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -102,9 +108,12 @@ class Watch:
         before = self._written[number]
         self._written[number] = rows if before is None else before.add_(rows)
 
-    def _keep_output(self, _: nn.Module, args: Any, output: Any) -> None:
+    def _keep_output(self, layer: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        self._outputs[self._now] = rows_read(hidden, self.wave[self._now])
+        rows = rows_read(hidden, self.wave[self._now])
+        self._sizes[self._now][layer] = rows.float().norm(dim=1).mean().item()
+        if layer is self.last:
+            self._outputs[self._now] = rows
 
     def observations(self, final: Sequence[Tensor]) -> Iterator[Observation]:
         """Those of the batches, in order, whose final hidden states are ``final``.
@@ -123,7 +132,8 @@ class Watch:
                 if x is None:
                     raise KeyError(layer)
                 inputs.append(self._passed_on(layer, x, number))
-            yield Observation(inputs, self._outputs[number], final[number], self._written[number])
+            sizes = [self._sizes[number].get(self._around.get(layer, layer), 1.0) for layer in self.layers]
+            yield Observation(inputs, self._outputs[number], final[number], self._written[number], sizes)
 
     def _passed_on(self, module: nn.Module, rows: Tensor, number: int) -> Tensor:
         """Rows (reads, any) times the strength of their positions."""

@@ -93,13 +93,6 @@ class AnswerLoss(Loss):
     def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:
         """Losses (segments,) from scores (segments, options) and the correct options (segments,)."""
 
-    @abstractmethod
-    def curvature(self, scores: tuple[Tensor, Tensor, Tensor], step: float, label: Tensor) -> Tensor:
-        """Second derivative (segments,) of the loss along a direction.
-
-        ``scores`` (segments, options) are those a ``step`` ahead, here, and a step behind.
-        """
-
 
 class OptionLoss(AnswerLoss):
     """Cross-entropy of the correct option among all options (MeZO, arXiv 2305.17333, appendix B.2).
@@ -117,15 +110,6 @@ class OptionLoss(AnswerLoss):
     def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(scores, label, reduction="none")
 
-    def curvature(self, scores: tuple[Tensor, Tensor, Tensor], step: float, label: Tensor) -> Tensor:
-        """Taken where all options are equally likely, so that it does not shrink as the model grows sure.
-
-        That is the variance of the scores' slopes over an example's options.
-        """
-        ahead, here, behind = scores
-        slopes = ((ahead - behind) / (2 * step)).masked_fill(~here.isfinite(), torch.nan)
-        return (slopes - slopes.nanmean(1, keepdim=True)).square().nanmean(1)
-
 
 class TextLoss(AnswerLoss):
     """Mean negative log-probability of the correct option's tokens (and the prompt's, where the examples say so)."""
@@ -137,12 +121,6 @@ class TextLoss(AnswerLoss):
 
     def of_scores(self, scores: Tensor, label: Tensor) -> Tensor:
         return -scores.gather(1, label[:, None])[:, 0]
-
-    def curvature(self, scores: tuple[Tensor, Tensor, Tensor], step: float, label: Tensor) -> Tensor:
-        """Taken where the model is."""
-        ahead, here, behind = scores
-        bent = -(ahead - 2 * here + behind) / step**2
-        return bent.gather(1, label[:, None])[:, 0]
 
 
 class Head(Protocol):

@@ -89,6 +89,9 @@ class Forwards:
         Args:
             group: What something is fitted to. Of many positions, some are landmarks.
             held: Of these all inputs are kept.
+
+        Layers count alike where options are fitted, else by the length of the residual stream that they write to: a
+        norm lets a change through that is small beside that, and text takes changes along many directions.
         """
         layers = [layer for layer, _, _ in self.adapters.slices]
         down = turned_down(self.adapters)
@@ -113,6 +116,7 @@ class Forwards:
     ) -> Observed:
         """What the next observations say, which are those of these batches."""
         inputs: list[list[Tensor]] = [[] for _ in range(layers)]
+        sizes: list[list[float]] = []
         coordinates: list[Tensor] = []
         written: list[Tensor] = []
         hidden: list[Tensor] = []
@@ -125,8 +129,9 @@ class Forwards:
         for observation in islice(seen, len(landmarks)):
             for rows, x in zip(inputs, observation.inputs, strict=True):
                 rows.append(x)
+            sizes.append(observation.sizes)
             keep(observation)
-        kernel = Kernel([torch.cat(rows) for rows in inputs])
+        kernel = Kernel([torch.cat(rows) for rows in inputs], self._weights(sizes))
         for observation in islice(seen, len(others)):
             coordinates.append(kernel.coordinates(observation.inputs))
             keep(observation)
@@ -134,6 +139,13 @@ class Forwards:
         self.tokens += sum(batch.tokens for batch in batches)
         together = torch.cat(written) if written else None
         return Observed(batches, kernel, torch.cat(coordinates) if others else None, together, torch.cat(hidden))
+
+    def _weights(self, sizes: Sequence[Sequence[float]]) -> list[float] | None:
+        """How much each layer counts, with the lengths that batches saw around them. None: all alike."""
+        if not self.loss.normalised:
+            return None
+        means = [sum(of_layer) / len(of_layer) for of_layer in zip(*sizes, strict=True)]
+        return [mean / max(means) for mean in means]
 
     def scores(self, batches: Sequence[Batch], turn: Turn = no_turn) -> Iterator[tuple[Batch, Tensor]]:
         """Each of ``batches`` with its option scores (examples, options); ``turn`` as in :meth:`Base.hidden`."""

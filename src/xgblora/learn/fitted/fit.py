@@ -11,17 +11,11 @@ from xgblora.learn.fitted.kernel import ridge_regression
 from xgblora.learn.fitted.tail_loss import Bend, TailLoss
 from xgblora.randomness import Stream, generator
 
-MINOR = 0.01
-"""Share of what a reduced-rank regression explains, below which a direction is left out."""
-
 MOST_STEPS = 40
 """Newton steps of a fit at most."""
 
-ENOUGH = 1e-4
-"""Share of the loss that a Newton step must lower it by; with less a fit ends."""
-
-EXACT = 1e-3
-"""Share by which the loss of a part of the vocabulary may differ from the whole one's where a fit ends."""
+ENOUGH = 3e-4
+"""Share of the loss that a Newton step must lower it by, and a part of the vocabulary that of the whole one."""
 
 SHORTEST = 1 / 64
 """Share of a Newton step below which none is tried."""
@@ -52,7 +46,14 @@ class Learner:
         return along if seen.written is None else along - self.share * (seen.written @ self.outputs.T)
 
 
-def fit(seen: Observed, loss: TailLoss, ridge: float, directions: int = 1, outputs: Tensor | None = None) -> Learner:
+def fit(
+    seen: Observed,
+    loss: TailLoss,
+    ridge: float,
+    directions: int = 1,
+    outputs: Tensor | None = None,
+    least: float = 0.0,
+) -> Learner:
     """Fit the learner that lowers the loss of final hidden states h_t + sum_r f_tr u_r most, f_tr = sum_m a_mr . x_t^m.
 
     The penalty is ridge * variance * curvature / 2 * sum |a_m|^2 in units of :class:`Kernel`, with its variance and the
@@ -66,8 +67,9 @@ def fit(seen: Observed, loss: TailLoss, ridge: float, directions: int = 1, outpu
         seen: Inputs x and final hidden states h of the examples.
         loss: As a function of h.
         ridge: Penalty, without units.
-        directions: At most so many, and only those that explain MINOR of all that inputs explain.
-        outputs: Take these directions, (directions, hidden), instead.
+        directions: How many u, at most.
+        outputs: Take these, (directions, hidden), instead.
+        least: Leave out those that explain a smaller share of all that inputs explain.
     """
     kernel = seen.kernel
     if kernel.variance == 0:  # all examples look alike to these layers
@@ -78,8 +80,10 @@ def fit(seen: Observed, loss: TailLoss, ridge: float, directions: int = 1, outpu
     coordinates = seen.coordinates
     loss.expand(seen.hidden)
     if outputs is None:
-        outputs = _explaining(coordinates, penalty, -loss.gradient(seen.hidden), directions)
-    weight = penalty * torch.tensor([loss.curvature(seen.hidden, u) for u in outputs], device=outputs.device)
+        outputs = _explaining(coordinates, penalty, -loss.gradient(seen.hidden), directions, least)
+    draw = generator(0, Stream.CURVATURE)
+    bend = loss.bend(seen.hidden, outputs, draw, undecided=True)
+    weight = penalty * bend.curvature.clamp(min=torch.finfo(torch.float32).tiny)
     opinion = seen.hidden.new_zeros(len(coordinates), 1) if seen.written is None else seen.written @ outputs.T
     unit = coordinates.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # like the others together
 
@@ -95,9 +99,9 @@ def fit(seen: Observed, loss: TailLoss, ridge: float, directions: int = 1, outpu
     def cost(b: Tensor, losses: Tensor) -> float:
         return losses.double().sum().item() + 0.5 * (b.double() * penalised(b)).sum().item()
 
-    draw = generator(0, Stream.CURVATURE)
     b = coordinates.new_zeros(coordinates.shape[1] + 1, len(outputs))
-    here = cost(b, loss(seen.hidden))
+    here = cost(b, bend.losses)
+    best = here, b  # by the whole vocabulary
     for _ in range(MOST_STEPS):
         bend = loss.bend(seen.hidden + change(b) @ outputs, outputs, draw)
 
@@ -113,14 +117,21 @@ def fit(seen: Observed, loss: TailLoss, ridge: float, directions: int = 1, outpu
                 break
             length /= 2
         if before - here <= ENOUGH * abs(here):
-            if loss.whole:
+            if not loss.whole:
+                loss.expand(seen.hidden + change(b) @ outputs)
+                here = cost(b, loss(seen.hidden + change(b) @ outputs))
+            gained = best[0] - here
+            if gained > 0:
+                best = here, b
+            if loss.whole or gained <= ENOUGH * abs(here):
                 break
-            loss.expand(seen.hidden + change(b) @ outputs)
-            reached, here = here, cost(b, loss(seen.hidden + change(b) @ outputs))
-            if abs(here - reached) <= EXACT * abs(here):
-                break
+    else:
+        loss.expand(None)
+        if (here := cost(b, loss(seen.hidden + change(b) @ outputs))) < best[0]:
+            best = here, b
     loss.expand(None)
-    return Learner(outputs, kernel.weights(b[:-1]), unit * b[-1], change(b))
+    b = best[1]
+    return Learner(outputs, kernel.function(b[:-1]), unit * b[-1], change(b))
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
@@ -145,10 +156,10 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], right: Tensor) -> Te
     return x
 
 
-def _explaining(coordinates: Tensor, penalty: float, residual: Tensor, most: int) -> Tensor:
+def _explaining(coordinates: Tensor, penalty: float, residual: Tensor, most: int, least: float) -> Tensor:
     """Directions (directions, hidden) of a reduced-rank ridge regression of (T, hidden) on coordinates."""
     fitted = ridge_regression(coordinates, residual, penalty)
     _, sizes, rows = torch.linalg.svd(fitted.double(), full_matrices=False)
-    kept = int((sizes.square() >= MINOR * sizes.square().sum()).sum())
+    kept = int((sizes.square() >= least * sizes.square().sum()).sum())
     outputs = rows[: max(1, min(most, kept))].float()
     return torch.where((residual @ outputs.T).sum(0)[:, None] < 0, -outputs, outputs)

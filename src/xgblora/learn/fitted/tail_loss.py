@@ -42,6 +42,12 @@ class Bend:
     owner: Tensor
     """(T,) number of what a position belongs to: an example, whose options its positions weigh; in text, itself."""
 
+    @property
+    def curvature(self) -> Tensor:
+        """Mean second derivative (directions,) of an example's loss where all its positions move along a direction."""
+        whole = self.factors.new_zeros(int(self.owner[-1]) + 1, *self.factors.shape[1:])
+        return whole.index_add(0, self.owner, self.factors).square().sum((0, 1)) / len(self.losses)
+
     def curved(self, moved: Tensor) -> Tensor:
         """The second derivative times ``moved`` (T, directions)."""
         along = torch.einsum("tsd,td->ts", self.factors, moved)
@@ -126,13 +132,14 @@ class TailLoss:
                 (gradient[reads],) = torch.autograd.grad(scored(self.loss, scores, batch, targets).sum(), part)
         return gradient
 
-    def bend(self, hidden: Tensor, outputs: Tensor, draw: torch.Generator) -> Bend:
+    def bend(self, hidden: Tensor, outputs: Tensor, draw: torch.Generator, undecided: bool = False) -> Bend:
         """How it bends near ``hidden`` (T, hidden) along the directions ``outputs`` (directions, hidden).
 
         Args:
             hidden: Where.
             outputs: Along what.
             draw: Of the words or options that show it, where there are many.
+            undecided: As if all options of an example were as likely; so it does not shrink as the model grows sure.
         """
         losses, slopes, factors, owners = [], [], [], []
         start = 0
@@ -163,7 +170,7 @@ class TailLoss:
                 owner = batch.target_read.new_zeros(len(part)).scatter(0, batch.target_read, example) + start
                 start += batch.segments
                 with torch.enable_grad():
-                    columns = _options(option_means(scores, batch), draw)
+                    columns = _options(option_means(scores, batch), draw, undecided)
                     factors.append(torch.stack([along(column) for column in columns], 1))
             owners.append(owner)
         most = max(factor.shape[1] for factor in factors)
@@ -189,32 +196,20 @@ class TailLoss:
         most = max(row.shape[1] for row in rows)
         return torch.cat([F.pad(row, (0, most - row.shape[1])) for row in rows])
 
-    def curvature(self, hidden: Tensor, direction: Tensor) -> float:
-        """Mean second derivative of an example's loss along ``direction`` (hidden,), as the loss takes it."""
-        step = 0.01 * hidden.square().mean().sqrt() * hidden.shape[1] ** 0.5
-        bends = []
-        for (batch, reads), head in zip(self.parts, self.heads, strict=True):
-            near = None if self.loss.normalised else head  # a part of the vocabulary has all slopes, not all curvature
-            ahead, here, behind = (
-                self.tail.scores(hidden[reads] + sign * step * direction, batch, self.loss.normalised, near)
-                for sign in (1, 0, -1)
-            )
-            bends.append(self.loss.curvature((ahead, here, behind), step, batch.label))
-        return max(torch.cat(bends).mean().item(), torch.finfo(torch.float32).tiny)
-
 
 def scored(loss: AnswerLoss, scores: Tensor, batch: Batch, targets: Tensor | None) -> Tensor:
     """Losses (examples,) of scores (examples, options): the divergence from ``targets``, else that of the labels."""
     return loss.of_scores(scores, batch.label) if targets is None else divergences(scores, targets)
 
 
-def _options(scores: Tensor, draw: torch.Generator) -> list[Tensor]:
+def _options(scores: Tensor, draw: torch.Generator, undecided: bool) -> list[Tensor]:
     """Columns (segments,) whose slopes' outer products are the second derivative of a softmax over options.
 
     sum_o q_o (s_o - sum_p q_p s_p)^2 with fixed q: of few options all, of many some that are drawn with q.
     """
-    chance = scores.detach().softmax(1)
-    known = scores.masked_fill(~scores.isfinite(), 0)
+    there = scores.isfinite()
+    chance = there / there.sum(1, keepdim=True) if undecided else scores.detach().softmax(1)
+    known = scores.masked_fill(~there, 0)
     apart = known - (chance * known).sum(1, keepdim=True)
     if scores.shape[1] <= MOST_FACTORS:
         return list((chance.sqrt() * apart).unbind(1))

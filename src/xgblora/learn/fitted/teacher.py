@@ -13,6 +13,9 @@ from xgblora.learn.fitted.activations import Forwards, Observed
 from xgblora.learn.fitted.fit import fit
 from xgblora.learn.fitted.tail_loss import TailLoss
 
+MINOR = 0.01
+"""Share of what inputs explain, below which a direction is left out."""
+
 
 class Teacher:
     """What the boosters are to make the model say: the probabilities of options, by example."""
@@ -86,7 +89,7 @@ def teach(
             fitted, new = seen, unseen
             if outputs is not None:  # the directions are those with its opinion
                 fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-            learner = fit(fitted, loss, ridge, directions, outputs)
+            learner = fit(fitted, loss, ridge, directions, outputs, least=MINOR)
             outputs = learner.outputs
             moved = new.hidden + learner.at(new) @ outputs
             probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
