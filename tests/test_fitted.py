@@ -329,7 +329,7 @@ def test_a_round_of_directions_gets_there_in_fewer_boosters() -> None:
         ({}, OPTIONS["several"], 2),
         ({}, [[word] for word in range(20, 31)], 8),
         ({"boost_directions": 3}, OPTIONS["single"], 3),
-        ({"train_as_classification": False}, OPTIONS["several"], 1),
+        ({"train_as_classification": False}, OPTIONS["several"], 16),
     ],
 )
 def test_a_booster_has_a_direction_for_every_option_but_one(

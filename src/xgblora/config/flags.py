@@ -243,7 +243,7 @@ class Flags(TrainingArguments):
     boost_boosters: int = flag(4, "Recipe boost: boosters of a run.", at_least(1), BOOST)
     boost_directions: int | None = flag(
         None,
-        "Recipe boost: directions of a booster, which are its rank. Default: options - 1, at most 8; for text 1.",
+        "Recipe boost: directions of a booster, which are its rank. Default: options - 1, at most 8; for text 16.",
         *(at_least(1), BOOST),
     )
     boost_examples: int = flag(1024, "Recipe boost: training examples of a booster, at most.", at_least(3), BOOST)

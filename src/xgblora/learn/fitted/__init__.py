@@ -11,8 +11,8 @@ gradient boosting, and forward passes are enough to fit it:
    gradient there is the pseudo-residual. The direction u is the first one of its reduced-rank ridge regression on the
    inputs (Izenman 1975);
 3. f minimises the loss of h_t + f_t u plus a ridge penalty on the a_m: kernel logistic regression, solved in the
-   examples' space. MLP layers are turned down along u: their pairs are a_m = -gamma W_m^T u, which takes the share
-   gamma of what they write away, and gamma is fitted with the rest, unpenalised;
+   examples' space by Newton steps. MLP layers are turned down along u: their pairs are a_m = -gamma W_m^T u, which
+   takes the share gamma of what they write away, and gamma is fitted with the rest, unpenalised;
 4. the layers above do change what passes through them (on SmolLM2 by a factor of 2, nearly the same for all examples),
    so the step length is found by forward passes over examples that no fit has seen.
 

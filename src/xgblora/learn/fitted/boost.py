@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 MOST_DIRECTIONS = 8
 """Directions of a booster at most, where nobody says how many."""
 
+TEXT_DIRECTIONS = 16
+"""Those of a booster of text (docs/experiments.md)."""
+
 FAR_AHEAD = 0.8
 """Loss of a teacher, as a share of the base's, below which some step of a first booster must come nearer to it."""
 
@@ -76,7 +79,7 @@ class BoostRecipe(Recipe):
         if self.config.boost_directions is not None:
             return self.config.boost_directions
         if not isinstance(self.forwards.loss, OptionLoss):
-            return 1
+            return min(TEXT_DIRECTIONS, self.adapters.base.width)
         return min(MOST_DIRECTIONS, max(max(len(row.options) for row in rows) - 1, 1))
 
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
