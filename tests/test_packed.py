@@ -524,7 +524,7 @@ with torch.no_grad():
     adapters = attach(base, 1, target_modules=["o_proj", "down_proj"], xgblora=True)
     forwards = Forwards(adapters, OptionLoss())
     before = file.read_bytes
-    (seen,) = forwards.observe(rows, most=1000)
+    (seen,) = forwards.observe(rows)
     print(seen.written.shape[0], file.read_bytes - before)
 """
 

@@ -63,8 +63,9 @@ class Watch:
         passed: Mapping[nn.Module, Passed],
     ) -> None:
         self.wave, self.layers, self.biases, self.passed = wave, layers, biases, passed
-        self.decoder_layers, self.last = decoder_layers, decoder_layers[-1]
-        self._around = {module: layer for layer in decoder_layers for module in layer.modules()}
+        self.last = decoder_layers[-1]
+        around = {module: layer for layer in decoder_layers for module in layer.modules()}
+        self._around = {layer: around[layer] for layer in layers if layer in around}
         self._inputs: list[dict[nn.Module, Tensor | None]] = [{} for _ in wave]
         self._outputs: dict[int, Tensor] = {}
         self._sizes: list[dict[nn.Module, float]] = [{} for _ in wave]
@@ -83,7 +84,7 @@ class Watch:
             self._hooks.callback(layer.register_forward_pre_hook(self._keep_input).remove)
         for writer in self.biases:
             self._hooks.callback(writer.register_forward_hook(self._add_output).remove)
-        for layer in self.decoder_layers:
+        for layer in {self.last, *self._around.values()}:  # those below may be replaced
             self._hooks.callback(layer.register_forward_hook(self._keep_output).remove)
         return self
 
