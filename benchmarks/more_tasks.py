@@ -39,13 +39,18 @@ def _listed() -> list[Message]:
     return sorted(packages, key=lambda package: package["Package"] or "")
 
 
+def _source(package: Message) -> str:
+    """Name of the source that it is built from."""
+    return (package["Source"] or package["Package"] or "").split(" ")[0]
+
+
 def _packages() -> list[dict[str, Any]]:
     """Name, description and section (its number) of packages, section by section in a fixed random order."""
     sources, texts = set(), set()
     rows: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     for package in _listed():
         section, text = package["Section"], package["Description"]
-        source = (package["Source"] or package["Package"] or "").split(" ")[0]
+        source = _source(package)
         if section in rows and text and source not in sources and text not in texts:
             sources.add(source)
             texts.add(text)
@@ -84,7 +89,7 @@ def _related(package: Message, field: str) -> list[str]:
 def _depends() -> Mapping[str, Dataset]:
     sources, rows = set(), []
     for package in _listed():
-        source = (package["Source"] or package["Package"] or "").split(" ")[0]
+        source = _source(package)
         needed, suggested = (_related(package, field) for field in ("Depends", "Suggests"))
         suggested = [name for name in suggested if name not in needed]
         if source not in sources and 2 <= len(needed) <= 6 and 1 <= len(suggested) <= 6 and package["Description"]:

@@ -72,14 +72,14 @@ def log_sum_of_others(model: PreTrainedModel, hidden: Tensor, words: Tensor) -> 
     for rows in _vocabulary(model):
         for part, weight, products in _products(model, hidden, rows):
             inside = words[(words >= part.start) & (words < part.stop)] - part.start
+            if len(inside) == part.stop - part.start:
+                continue
             products.requires_grad_()
             with torch.enable_grad():
                 logits = finish_logits(model.config, products).index_fill(1, inside, -torch.inf)
                 of_part = logits.logsumexp(1)
             (pull,) = torch.autograd.grad(of_part, products, torch.ones_like(of_part))
             of_part = of_part.detach()
-            if len(inside) == part.stop - part.start:
-                continue
             before, total = total, torch.logaddexp(total, of_part)
             slope *= (before - total).exp()[:, None]
             slope.addmm_(pull.mul_((of_part - total).exp()[:, None]), weight)

@@ -102,10 +102,11 @@ class TailLoss:
         base = self.tail.base[0]
         for number, (batch, reads) in enumerate(self.parts):
             if self.loss.normalised or not batch.single_token:
-                words, before = torch.unique(batch.target), self.heads[number]
-                if before is not None:  # what is likely there was likely here
+                if (before := self.heads[number]) is not None:  # what is likely there was likely here
                     self.heads[number] = ShortHead(base, self.tail(hidden[reads]), before.words)
-                elif (len(words) + LIKELIEST * (reads.stop - reads.start)) * WORTHWHILE < base.vocabulary:
+                    continue
+                words = torch.unique(batch.target)
+                if (len(words) + LIKELIEST * (reads.stop - reads.start)) * WORTHWHILE < base.vocabulary:
                     final = self.tail(hidden[reads])
                     self.heads[number] = ShortHead(base, final, listed(base, final, words))
 
@@ -148,7 +149,8 @@ class TailLoss:
             with torch.enable_grad():
                 final = self.tail(part)
                 scores = token_scores(head or self.tail.base[0], final, batch, self.loss.normalised)
-                of_part = scored(self.loss, option_means(scores, batch), batch, targets)
+                means = option_means(scores, batch)
+                of_part = scored(self.loss, means, batch, targets)
 
             def along(value: Tensor, part: Tensor = part) -> Tensor:
                 (slope,) = torch.autograd.grad(value, part, torch.ones_like(value), retain_graph=True)
@@ -170,7 +172,7 @@ class TailLoss:
                 owner = batch.target_read.new_zeros(len(part)).scatter(0, batch.target_read, example) + start
                 start += batch.segments
                 with torch.enable_grad():
-                    columns = _options(option_means(scores, batch), draw, undecided)
+                    columns = _options(means, draw, undecided)
                     factors.append(torch.stack([along(column) for column in columns], 1))
             owners.append(owner)
         most = max(factor.shape[1] for factor in factors)
