@@ -582,8 +582,13 @@ def test_boosting_from_training_to_export(run: Run, small: list[str], tmp_path: 
     assert run("export", folder, "--boosters", 2, "--output", part)[0] == 0
     targets = ["--lora_target_modules", "out_proj", "fc2"]
     flags = ["--xgblora", "--max_steps", "2", "--init_adapter", part, "--output_dir", second]
-    code, out, err = run("train", *flags, *targets, *small)
+    code, out, _ = run("train", *flags, *targets, *small, "--overwrite_output_dir", "true")
+    assert code == 0
+    assert r"was trained on prompts that begin with '\n', those of this run begin with ''" in out
+    alike = ["--prompt_beginning", "auto", "--overwrite_output_dir", "true"]
+    code, out, err = run("train", *flags, *targets, *small, *alike)
     assert (code, err) == (0, "")
+    assert "was trained on prompts that" not in out
     after = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
     assert after["zero_shot_loss"] == metrics["zero_shot_loss"]
     assert after["merges"] == 0

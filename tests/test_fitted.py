@@ -106,8 +106,8 @@ def test_the_fit_is_the_optimum_of_its_penalised_loss(
     options: str, of_answers: AnswerLoss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the optimum the gradient vanishes: every a_m is -1/weight times the sum of slopes times scaled inputs."""
-    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-8)
-    monkeypatch.setattr("xgblora.learn.fitted.fit.MOST_STEPS", 400)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.ENOUGH", 1e-8)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.MOST_STEPS", 400)
     monkeypatch.setattr("xgblora.learn.fitted.tail_loss.SAMPLED", 128)
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj"], xgblora=True)
@@ -175,7 +175,7 @@ def test_a_teacher_says_what_its_fit_would(
     options: str, opinion: Literal["keep", "drop"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept, f is added to the final hidden state; dropped, it is all there is along the teacher's directions."""
-    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-8)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.ENOUGH", 1e-8)
     model = build(ARCHITECTURES["llama"])
     adapters = attach(model, 1, 16, ["o_proj", "down_proj"], xgblora=True)
     forwards = forwards_of(adapters)
@@ -445,9 +445,25 @@ def test_what_was_forwarded_is_counted() -> None:
     assert cost.tokens == 3 * cost.sequences
 
 
+def test_how_far_a_round_has_come_is_told() -> None:
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True)
+    rows, searched = examples(300), examples(6, seed=1)
+    forwards, told = forwards_of(adapters), list[str]()
+    forwards.note = told.append
+    boost(forwards, rows, searched, teacher=teach(forwards, rows, searched))
+    assert {told[0], *(line for line in told if "of 306 examples" in line)} >= {
+        "teacher: looking at 306 examples",
+        "teacher: looked at 306 of 306 examples",
+    }
+    assert len([line for line in told if line.startswith("booster 1: looked at")]) > 1
+    assert [line for line in told if "booster 1: fitting, Newton step 1, loss" in line]
+    assert told[-1].startswith("booster 1: step length")
+    assert told[-1].endswith(", 6 of 6 examples")
+
+
 def test_a_fit_that_is_stopped_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xgblora.learn.fitted.fit.MOST_STEPS", 1)
-    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 0.0)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.MOST_STEPS", 1)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.ENOUGH", 0.0)
     forwards = forwards_of(attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True))
     with torch.no_grad():
         (seen,) = forwards.observe(examples(60))

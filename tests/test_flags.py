@@ -19,6 +19,7 @@ from xgblora.cli import main
 from xgblora.config.flag import default_of
 from xgblora.config.flags import UNSUPPORTED
 from xgblora.config.transformers_flags import ALLOWED, REFUSED
+from xgblora.runs.experiment import ExperimentConfig, arms
 
 SHORT = "--max_steps 6 --save_steps 3 --logging_steps 2 --learning_rate 1e-2 --zo_eps 1e-2 --lora --lora_r 2"
 ADAM = f"{SHORT} --optim adamw_torch"
@@ -319,3 +320,16 @@ def test_a_flag_of_how_the_work_is_done_is_passed_on(name: str, tmp_path: Path) 
 
 def test_the_lists_of_transformers_flags_are_apart() -> None:
     assert not ALLOWED.keys() & REFUSED.keys()
+
+
+def test_all_prompts_begin_alike_where_recipe_boost_is_one_of_the_methods() -> None:
+    def beginnings(**settings: Any) -> set[str]:
+        config = ExperimentConfig(model_name="m", output_root="x", task_name="RottenTomatoes", use_cpu=True, **settings)
+        return {configured.beginning for configured in arms(config)}
+
+    assert RunConfig(use_cpu=True).beginning == "none"  # the published prompts
+    assert RunConfig(recipe="boost", use_cpu=True).beginning == "auto"
+    assert beginnings() == {"none"}
+    assert beginnings(methods=["lora", "boost", "in-context", "probe"]) == {"auto"}
+    assert beginnings(methods=["lora", "boost"], prompt_beginning="A film.") == {"A film."}
+    assert beginnings(methods=["lora", "boost"], prompt_beginning="none") == {"none"}

@@ -10,8 +10,9 @@ from conftest import ARCHITECTURES, build, examples
 from xgblora import Example, OptionLoss, TextLoss, attach
 from xgblora.learn.fitted import activations
 from xgblora.learn.fitted.activations import Forwards, Observed
-from xgblora.learn.fitted.fit import conjugate_gradient, fit
+from xgblora.learn.fitted.fit import fit
 from xgblora.learn.fitted.kernel import Kernel, ridge_regression
+from xgblora.learn.fitted.newton import conjugate_gradient
 from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.losses import AnswerLoss, option_scores
 
@@ -102,8 +103,8 @@ def test_landmarks_stand_for_all_positions(loss: AnswerLoss, monkeypatch: pytest
     """Inputs of two layers of 32 are spanned by 100 positions, so the fit to 240 is that of all of them."""
     rows = examples(80, [[5, 6], [9, 7]])
     learners = []
-    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-6)
-    monkeypatch.setattr("xgblora.learn.fitted.fit.MOST_STEPS", 60)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.ENOUGH", 1e-6)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.MOST_STEPS", 60)
     monkeypatch.setattr(activations, "LANDMARKS", 100)
     for exact in (4096, 200):
         monkeypatch.setattr(activations, "ALL_LANDMARKS", exact)
@@ -138,7 +139,7 @@ def test_ridge_regression_is_that_of_the_field() -> None:
 
 
 def test_conjugate_gradients_solve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xgblora.learn.fitted.fit.LEFT", 1e-5)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.LEFT", 1e-5)
     root: Any = some(6, 6)
     matrix, expected = root @ root.T + torch.eye(6), some(6, 2, seed=1)
     torch.testing.assert_close(

@@ -93,7 +93,7 @@ def probabilities(root: Path, adapter: str, texts: list[str]) -> list[list[float
     words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" terrible", " great")]
     shares = []
     for text in texts:
-        logits = model(torch.tensor([tokenizer(f"{text} It was")["input_ids"]])).logits[0, -1, words]
+        logits = model(torch.tensor([tokenizer(f"\n{text} It was")["input_ids"]])).logits[0, -1, words]
         shares.append(logits.softmax(0).tolist())
     return shares
 
@@ -252,7 +252,9 @@ def test_a_run_whose_prompts_begin_with_something_is_asked_alike(
     flags = f"--model_name {model_folder} --task_file {runs / 'chosen.yaml'} --num_eval 24 --max_steps 2 --use_cpu true"
     assert main(f"train {flags} --prompt_beginning auto --disable_tqdm true --output_dir {folder}".split()) == 0
     assert load_task(folder / "adapter" / "task.yaml", rows=False).beginning == "\n"
-    assert r"In front of every prompt stands '\n'" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert r"In front of every prompt stands '\n'" in card
+    assert r"ids = tokenizer('\n' + PROMPT, " in card
     code, out, err = say("eval", folder, "--file", runs / "test.csv", "--format", "json")
     assert code == 0, err
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

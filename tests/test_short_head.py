@@ -66,7 +66,7 @@ def test_further_away_the_error_grows_with_the_square() -> None:
 def test_a_fit_with_a_part_ends_where_one_with_all_of_it_does(
     of_answers: AnswerLoss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xgblora.learn.fitted.fit.ENOUGH", 1e-6)
+    monkeypatch.setattr("xgblora.learn.fitted.newton.ENOUGH", 1e-6)
     model = build(copy.deepcopy(HEADS["llama"]))
     model.get_output_embeddings().weight.mul_(0.2)  # unsure enough for a loss that bends upwards
     forwards = Forwards(attach(model, 1, 16, ["o_proj"], xgblora=True), of_answers)

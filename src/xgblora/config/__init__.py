@@ -1,8 +1,8 @@
 """Configuration: every flag of a run, declared once, and what follows from its declaration."""
 
 from xgblora.config.describe import banner, idle_flags, notes, warn_rank
-from xgblora.config.flag import default_of, flag
-from xgblora.config.flags import EMBEDDED_MODEL, PACKED_MODEL, UNSUPPORTED, is_size
+from xgblora.config.flag import default_of, flag, is_size
+from xgblora.config.flags import EMBEDDED_MODEL, PACKED_MODEL, UNSUPPORTED
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows

@@ -6,6 +6,7 @@ and the arms of a comparison all follow from that.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,26 @@ class Check:
     wants: str
 
 
+def is_size(text: str) -> bool:
+    """Whether a text is a size of memory."""
+    return bool(re.fullmatch(r"\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE))
+
+
+def bytes_of(size: str) -> int:
+    """A size of memory in bytes.
+
+    Example:
+        >>> bytes_of("1.5 GB")
+        1500000000
+    """
+    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
+    return int(float(number) * {"MB": 1e6, "GB": 1e9}[unit])
+
+
 POSITIVE = Check(lambda value: math.isfinite(value) and value > 0, "a positive number")
 NOT_NEGATIVE = Check(lambda value: math.isfinite(value) and value >= 0, "0 or more")
 SHARE = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
+SIZE = Check(is_size, "a size like 3GB or 800MB")
 
 
 def at_least(least: int) -> Check:

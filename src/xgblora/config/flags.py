@@ -4,7 +4,6 @@ What follows from a declaration stands in :mod:`xgblora.config.run_config` and :
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,7 @@ from xgblora.config.flag import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
+    SIZE,
     Applies,
     Check,
     Flag,
@@ -36,29 +36,12 @@ def is_gguf(name: str) -> bool:
     return name == PACKED_MODEL or name.lower().endswith(".gguf")
 
 
-def is_size(text: str) -> bool:
-    """Whether a text is a size of memory."""
-    return bool(re.fullmatch(r"\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE))
-
-
-def bytes_of(size: str) -> int:
-    """A size of memory in bytes.
-
-    Example:
-        >>> bytes_of("1.5 GB")
-        1500000000
-    """
-    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
-    return int(float(number) * {"MB": 1e6, "GB": 1e9}[unit])
-
-
 PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
 STAYS = Needs(
     lambda c: not (c.unpack or c.load_4bit or c.load_8bit),
     "leaves weights in their file: no --unpack, --load_4bit or --load_8bit",
 )
 UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a folder: a .gguf file is packed already")
-SIZE = Check(is_size, "a size like 3GB or 800MB")
 TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
 ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
 BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
@@ -130,10 +113,11 @@ class Flags(TrainingArguments):
     num_eval: int = flag(1000, "Evaluation examples, sampled from the test (else validation) split.", at_least(1))
     train_set_seed: int = flag(0, "Seed of the sample of training and development examples.", NOT_NEGATIVE)
     max_length: int = flag(2048, "Tokens of prompt and option; longer prompts lose their beginning.", at_least(2))
-    prompt_beginning: str = flag(
-        "none",
+    prompt_beginning: str | None = flag(
+        None,
         "What stands in front of every prompt. none: what the task says; auto: a line break where neither the task nor "
-        "the tokenizer begins with something; or a text of your own. One token there is worth a point or two.",
+        "the tokenizer begins with something; or a text of your own. One token there is worth one to four points. "
+        "Default: auto for recipe boost and for all that is compared with it, else none.",
     )
     train_as_classification: bool | None = flag(
         None,

@@ -12,8 +12,8 @@ import torch
 from xgblora import hf
 from xgblora.config import precision
 from xgblora.config.describe import warn_rank
-from xgblora.config.flag import default_of
-from xgblora.config.flags import Flags, bytes_of
+from xgblora.config.flag import bytes_of, default_of
+from xgblora.config.flags import Flags
 from xgblora.config.rules import check
 from xgblora.errors import XgbloraError, one_line
 
@@ -90,6 +90,8 @@ class RunConfig(Flags):
             self.data_seed = self.seed
         if self.num_train is None:
             self.num_train = 0 if self.trainer == "none" and self.readout == "words" else 1000
+        if self.prompt_beginning is None:
+            self.prompt_beginning = "auto" if self.fits_boosters else "none"
         if self.early_stopping_boosters is None:
             judged = self.recipe == "boost" and self.num_dev != 0 and not self.load_best_model_at_end
             self.early_stopping_boosters = self.boost_boosters if judged else 0
@@ -169,6 +171,17 @@ class RunConfig(Flags):
     def boost_searched(self, rows: int) -> int:
         """Recipe boost: how many of ``rows`` training rows are set aside to find step lengths."""
         return max(1, round(min(rows, self.boost_examples) * self.boost_search_share))
+
+    @property
+    def beginning(self) -> str:
+        """What stands in front of every prompt: "none", "auto" or a text."""
+        assert self.prompt_beginning is not None  # settled
+        return self.prompt_beginning
+
+    @property
+    def fits_boosters(self) -> bool:
+        """Whether recipe boost is what runs."""
+        return self.recipe == "boost"
 
     @property
     def makes_boosters(self) -> bool:

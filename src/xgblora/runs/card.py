@@ -162,7 +162,8 @@ def _example(task: Task | Chat) -> str:
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
             f"print(tokenizer.decode(model.generate(**ids, max_new_tokens={task.generation.max_new_tokens})[0]))"
         )
-    lines = ['ids = tokenizer(PROMPT, return_tensors="pt")  # the prompt above, filled in']
+    begins = f"{task.beginning!r} + " if task.beginning else ""
+    lines = [f'ids = tokenizer({begins}PROMPT, return_tensors="pt")  # the prompt above, filled in']
     if task.generation is not None:
         lines.append(
             f"print(tokenizer.decode(model.generate(**ids, max_new_tokens={task.generation.max_new_tokens})[0]))"

@@ -120,7 +120,7 @@ def _fits(config: CheckConfig, configured: RunConfig) -> bool:
             load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
         ).train
         tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
-        rows = encode(begun(task, config.prompt_beginning, tokenizer), train, tokenizer, length)
+        rows = encode(begun(task, config.beginning, tokenizer), train, tokenizer, length)
     except XgbloraError as error:
         logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
         rows = [Example([1] * (length - 1), [[1], [2]], 0)] * configured.per_device_train_batch_size

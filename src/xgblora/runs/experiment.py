@@ -76,6 +76,11 @@ class ExperimentConfig(RunConfig):
         super().__post_init__()
 
     @property
+    def fits_boosters(self) -> bool:
+        """Whether recipe boost is one of the methods: what it needs of the prompts, all methods get."""
+        return super().fits_boosters or "boost" in self.methods
+
+    @property
     def makes_boosters(self) -> bool:
         """Whether any arm has boosters: those start from ``--init_adapter``, arms of LoRA do not."""
         return not self.methods or bool({"xgblora", "boost"} & set(self.methods))
@@ -105,7 +110,8 @@ def arms(config: ExperimentConfig) -> list[RunConfig]:
     for method in methods:
         for seed in config.seeds:
             folder = str(arm_folder(Path(str(config.output_root)), method, seed))
-            runs.append(arm(config, method, seed=seed, data_seed=seed, output_dir=folder, **ways.get(method, {})))
+            same = {"seed": seed, "data_seed": seed, "prompt_beginning": config.prompt_beginning}
+            runs.append(arm(config, method, output_dir=folder, **same, **ways.get(method, {})))
     return runs
 
 

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from xgblora.adapters.adapters import Adapters, LayerSubset, attach
 from xgblora.adapters.boosters import Ledger, start_from
-from xgblora.adapters.files import require_lora
+from xgblora.adapters.files import TASK, require_lora
 from xgblora.base import Base
 from xgblora.base.packed import budgeted_file
 from xgblora.config import RunConfig, banner, notes
@@ -26,7 +26,7 @@ from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
 from xgblora.runs.workspace import Scores, Workspace
-from xgblora.tasks import task_text
+from xgblora.tasks import Chat, Task, load_task, task_text
 from xgblora.training.checkpoints import last_checkpoint
 from xgblora.training.interruption import StopAtSignal, alone_in
 from xgblora.training.record import EVAL_LOSS, CurveRecorder, PeakMemory
@@ -87,6 +87,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
             if config.init_adapter:
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
+                _compare_beginnings(Path(config.init_adapter), workspace.task)
             prepare_folder(config, workspace.contents)
             with adapters.first(0):
                 workspace.zero_shot(config)
@@ -105,6 +106,18 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         times = file.read_bytes / file.size
         logger.info("Weights read: %.2f GB, %.1f times the file (--memory_budget)", file.read_bytes / 1e9, times)
     return result
+
+
+def _compare_beginnings(adapter: Path, task: Task | Chat) -> None:
+    """Warn where an adapter was trained on prompts that begin in another way than those of this run."""
+    if not (adapter / TASK).is_file() or isinstance(task, Chat):
+        return
+    trained = load_task(adapter / TASK, rows=False)
+    if isinstance(trained, Task) and trained.beginning != task.beginning:
+        logger.warning(
+            "%s was trained on prompts that begin with %r, those of this run begin with %r: see --prompt_beginning",
+            *(adapter, trained.beginning, task.beginning),
+        )
 
 
 def _untrained(config: RunConfig, workspace: Workspace) -> tuple[Scores, dict[str, Any]]:

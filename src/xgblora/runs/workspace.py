@@ -65,7 +65,7 @@ class Workspace:
             raise XgbloraError(message)
 
         model, self.tokenizer = load_configured(config)
-        self.task = begun(self.task, config.prompt_beginning, self.tokenizer)
+        self.task = begun(self.task, config.beginning, self.tokenizer)
         self.base = Base(model.to(config.device))
         writer = Writer(self.tokenizer, self.task.generation) if self.task.generation else None
         self.loss: AnswerLoss = OptionLoss() if self.classification else TextLoss(writer)

@@ -114,7 +114,10 @@ def begun(task: Task | Chat, beginning: str, tokenizer: Tokenizer) -> Task | Cha
         return task
     if beginning == "none" or (beginning == "auto" and (task.beginning or tokenizer("")["input_ids"])):
         return task
-    return replace(task, beginning=OPENING if beginning == "auto" else beginning)
+    if beginning == "auto":
+        logger.info("A line break begins every prompt, since the tokenizer adds nothing (--prompt_beginning auto)")
+        beginning = OPENING
+    return replace(task, beginning=beginning)
 
 
 def _behind_beginning(beginning: str, question: Question) -> Question:

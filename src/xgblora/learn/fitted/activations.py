@@ -82,6 +82,12 @@ class Forwards:
         self.tokens = 0
         self.note: Callable[[str], None] = no_note
         """Told what is being done."""
+        self.work = ""
+        """Names what that is for."""
+
+    def tell(self, state: str) -> None:
+        """How far the work has come."""
+        self.note(f"{self.work}: {state}")
 
     def observe(self, group: Sequence[Example], *held: Sequence[Example]) -> list[Observed]:
         """One forward over as many examples as predict no more than MOST_POSITIONS tokens.
@@ -107,9 +113,20 @@ class Forwards:
             with self.base.held():
                 biases = {writer.base_layer: bias(writer, self.base.dtype) for writer in writers}
             seen = self.base.observe(filled, fitted, biases)
+            counted = self._counted(seen, [batch for batches in of_groups for batch in batches])
             of_landmarks, of_others, *of_held = of_groups
-            first = self._observed(of_landmarks, of_others, seen, len(fitted))
-            return [first, *(self._observed(batches, [], seen, len(fitted)) for batches in of_held)]
+            first = self._observed(of_landmarks, of_others, counted, len(fitted))
+            return [first, *(self._observed(batches, [], counted, len(fitted)) for batches in of_held)]
+
+    def _counted(self, seen: Iterator[Observation], batches: Sequence[Batch]) -> Iterator[Observation]:
+        """The same, while it is told how many examples they are."""
+        total = sum(len(batch.examples) for batch in batches)
+        self.tell(f"looking at {total:,} examples")
+        done = 0
+        for batch, observation in zip(batches, seen, strict=True):
+            done += len(batch.examples)
+            self.tell(f"looked at {done:,} of {total:,} examples")
+            yield observation
 
     def _observed(
         self, landmarks: list[Batch], others: list[Batch], seen: Iterator[Observation], layers: int

@@ -124,7 +124,6 @@ class BoostRecipe(Recipe):
     def _teach(self) -> tuple[Teacher, Cost]:
         """Fit the teacher to the model as it was before the first booster; a resumed run has some already."""
         config, resumed = self.config, self.adapters.boosters > self.first
-        self.forwards.note(f"teacher of {len(self.fitted):,} examples")
         with self.adapters.first(self.first):
             self.adapters.choose_layers(self.first)
             teacher = teach(
@@ -192,16 +191,14 @@ def boost(
         )
     adapters, tokens = forwards.adapters, forwards.tokens
     require_writers(adapters)
-    number = adapters.boosters + 1
+    forwards.work = f"booster {adapters.boosters + 1}"
     looking = seen is None
     if seen is None:
-        forwards.note(f"booster {number}: looking at {len(examples):,} examples")
         (seen,) = forwards.observe(examples)
-    forwards.note(f"booster {number}: fitting")
     labelled = TailLoss(forwards, seen)
     loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
     with forwards.base.held():
-        learner = fit(seen, loss, ridge, adapters.rank)
+        learner = fit(seen, loss, ridge, adapters.rank, note=forwards.tell)
     put(adapters, learner, 0.0)
     batches = list(parts(searched, forwards.base.packed))
     losses: dict[float, Tensor] = {}
@@ -209,7 +206,7 @@ def boost(
 
     def measure(steps: Sequence[float]) -> None:
         """The losses at some steps, by one forward over the examples for each."""
-        forwards.note(f"booster {number}: step length {len(losses) + 1}")
+        number, done = len(losses) + 1, 0
         taken: float | None = None
 
         def turn(at: int) -> None:
@@ -218,10 +215,12 @@ def boost(
                 step_by(adapters, learner, step)
                 taken = step
 
-        of_batches = [
-            scored(forwards.loss, scores, batch, None if teacher is None else teacher.targets(batch.examples))
-            for batch, scores in forwards.scores(batches * len(steps), turn)
-        ]
+        of_batches = []
+        for batch, scores in forwards.scores(batches * len(steps), turn):
+            targets = None if teacher is None else teacher.targets(batch.examples)
+            of_batches.append(scored(forwards.loss, scores, batch, targets))
+            done += len(batch.examples)
+            forwards.tell(f"step length {number}, {done:,} of {len(steps) * len(searched):,} examples")
         for place, step in enumerate(steps):
             losses[step] = torch.cat(of_batches[place * len(batches) : (place + 1) * len(batches)]).double()
 

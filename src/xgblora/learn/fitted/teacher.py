@@ -77,7 +77,7 @@ def teach(
         opinion: "keep" adds f to what the base says along them, "drop" replaces it by f, "auto" takes what has the
             lower loss on ``held``.
     """
-    tokens = forwards.tokens
+    tokens, forwards.work = forwards.tokens, "teacher"
     both = forwards.observe(examples, held)
     seen, unseen = (replace(observed, written=None) for observed in both)
     loss, check = (TailLoss(forwards, observed) for observed in (seen, unseen))
@@ -89,7 +89,7 @@ def teach(
             fitted, new = seen, unseen
             if outputs is not None:  # the directions are those with its opinion
                 fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-            learner = fit(fitted, loss, ridge, directions, outputs, least=MINOR)
+            learner = fit(fitted, loss, ridge, directions, outputs, MINOR, forwards.tell)
             outputs = learner.outputs
             moved = new.hidden + learner.at(new) @ outputs
             probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
