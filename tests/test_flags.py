@@ -110,6 +110,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "boost_teacher_examples": (RECIPE, "10"),
     "boost_ridge": (f"{RECIPE} --train_as_classification false", "30.0"),
     "boost_follow_ridge": (RECIPE, "30.0"),
+    "boost_temperature": (f"{RECIPE} --reward f1", "5.0"),
     "boost_opinion": (RECIPE, "drop"),
     "boost_search_share": (RECIPE, "0.5"),
     "zo_eps": (SHORT, "5e-2"),

@@ -17,6 +17,7 @@ from conftest import ARCHITECTURES, build, byte_tokenizer, estimate, examples, o
 from xgblora import (
     Base,
     Example,
+    Ledger,
     Reward,
     RunConfig,
     Trainer,
@@ -29,7 +30,11 @@ from xgblora import (
 from xgblora.cli import main
 from xgblora.config import notes
 from xgblora.data.batch import build_batch
+from xgblora.learn.fitted.activations import Forwards
+from xgblora.learn.fitted.rewarded import Rewards
+from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.generation import Writer
+from xgblora.learn.losses import OptionLoss
 from xgblora.learn.rewards import READY
 from xgblora.randomness import Stream, generator
 from xgblora.report import draw_eval, draw_loss, read_curves
@@ -270,6 +275,9 @@ def great(prompt, completion, example):
 def letter(prompt, completion, example):
     return completion.count("a") / 4
 
+def same(prompt, completion, example):
+    return 0.5
+
 def bad(prompt, completion, example):
     return {}[completion]
 
@@ -292,11 +300,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --max_steps 40 --eval_steps 20",
-        "--trainer zo --reward_completions expected --zo_directions shared --optim adamw_torch --learning_rate 0.02"
-        " --zo_eps 0.05 --max_steps 40 --eval_steps 20",
-        "--trainer regular --optim adamw_torch --learning_rate 0.02 --max_steps 20 --eval_steps 20 --save_steps 20"
-        " --load_best_model_at_end --metric_for_best_model reward",
+        "--trainer zo --lora_r 1 --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --max_steps 40 --eval_steps 20",
+        "--trainer zo --lora_r 1 --reward_completions expected --zo_directions shared --optim adamw_torch"
+        " --learning_rate 0.02 --zo_eps 0.05 --max_steps 40 --eval_steps 20",
+        "--trainer regular --lora_r 1 --optim adamw_torch --learning_rate 0.02 --max_steps 20 --eval_steps 20"
+        " --save_steps 20 --load_best_model_at_end --metric_for_best_model reward",
+        "--recipe boost --boost_boosters 2",
     ],
 )
 def test_training_raises_a_reward_of_options(
@@ -306,7 +315,7 @@ def test_training_raises_a_reward_of_options(
     metrics = train_by_command(
         tmp_path,
         model_folder,
-        f"{flags} {SIZES} --lora_r 1 --task_name SST2 --data_dir {data_folder} --reward {module}:great",
+        f"{flags} {SIZES} --task_name SST2 --data_dir {data_folder} --reward {module}:great",
     )
     assert metrics["reward"] == 1
     assert metrics["dev_reward"] == 1
@@ -342,6 +351,56 @@ def test_training_raises_a_reward_of_written_answers(
     metrics = train_by_command(tmp_path, model_folder, f"{flags} {SIZES} --reward {module}:letter", WRITTEN)
     assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
     assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
+
+
+def test_boosters_follow_the_best_of_a_reward_near_the_base() -> None:
+    """No other probabilities have a higher mean reward less tau times their divergence from what the base says."""
+    adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True)
+    forwards = Forwards(adapters, OptionLoss())
+    rows = [*examples(20, [[5], [9], [13]]), *examples(20, [[5], [9]], seed=1)]
+    rewards = Rewards(lambda example: [option[0] / 4 - 3 * example.label for option in example.options], 0.5)
+    with torch.no_grad():
+        (seen,) = forwards.observe(rows)
+        loss = TailLoss(forwards, seen)
+        tau = rewards.tau(rows)
+        wanted = rewards.targets(loss, seen, tau)
+        chances, table = loss.probabilities(seen.hidden), rewards.table(seen.examples)
+    there = chances > 0
+    spread = torch.stack([row[known].var(correction=0) for row, known in zip(table, there, strict=True)]).mean().sqrt()
+    assert tau == pytest.approx(0.5 * spread.item())
+
+    def value(p: Tensor) -> Tensor:
+        return (p * table - tau * torch.where(there, p * (p / chances).log(), 0)).nansum(1)
+
+    assert torch.equal(wanted > 0, there)
+    for seed in range(5):
+        moved = wanted * (0.3 * torch.randn(wanted.shape, generator=torch.manual_seed(seed))).exp()
+        assert (value(wanted) > value(moved / moved.sum(1, keepdim=True))).all()
+    assert rewards.mean(loss, seen) == pytest.approx((chances * table).sum(1).mean().item())
+
+
+def test_a_reward_that_boost_cannot_follow_is_refused(
+    module: str, tmp_path: Path, model_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"name": "ann"}\n' * 40, encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(WRITTEN, encoding="utf-8")
+    written = f"--task_file {tmp_path / 'task.yaml'} --reward {module}:letter"
+    same = f"--task_name SST2 --data_dir {data_folder} --reward {module}:same"
+    for flags, says in ((written, "follows rewards of options; here answers are written"), (same, "tell a better one")):
+        command = f"train --recipe boost --model_name {model_folder} --use_cpu true --disable_tqdm true {SIZES} {flags}"
+        assert main([*command.split(), "--output_dir", str(tmp_path / "run")]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert says in line
+
+
+def test_boosters_of_a_reward_are_kept_up_to_the_highest(tmp_path: Path) -> None:
+    ledger = Ledger(attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True))
+    for step, (loss, reward) in enumerate([(0.3, 0.5), (0.4, 0.9)], start=1):
+        ledger.merge(step, f"step {step}", loss, "every step", "every step")
+        ledger.note_evaluation(step, loss, 0.5, reward)
+    assert ledger.evaluations() == {1: -0.5, 2: -0.9}
+    ledger.note_evaluation(3, 0.2, 0.5)
+    assert ledger.evaluations() == {1: -0.5, 2: -0.9, 3: 0.2}
 
 
 def test_a_comparison_by_reward(module: str, tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
@@ -420,7 +479,8 @@ def test_bad_rewards_are_one_line(
         ({"reward": "f1", "reward_samples": 1}, "--reward_samples must be at least 2"),
         ({"reward": "f1", "reward_length_penalty": -1.0}, "--reward_length_penalty must be 0 or more"),
         ({"reward": "f1", "reward_completions": "greedy", "trainer": "regular"}, "has no gradient"),
-        ({"reward": "f1", "recipe": "boost"}, "leave out --objective reward"),
+        ({"reward": "f1", "recipe": "boost", "reward_completions": "greedy"}, "--reward_completions expected"),
+        ({"reward": "f1", "recipe": "boost", "boost_temperature": 0.0}, "--boost_temperature must be a positive"),
         ({"reward": "f1", "torch_compile": True}, "--torch_compile is for losses"),
     ],
 )
@@ -433,6 +493,8 @@ def test_flags_of_rewards_say_when_they_do_nothing() -> None:
     assert RunConfig(reward="f1").objective == "reward"
     assert RunConfig(reward="f1").reward_completions == "greedy"
     assert RunConfig(reward="f1", trainer="regular").reward_completions == "expected"
+    assert RunConfig(reward="f1", recipe="boost").reward_completions == "expected"
+    assert any("--boost_temperature" in note for note in notes(RunConfig(recipe="boost", boost_temperature=0.1)))
     assert not [note for note in notes(RunConfig(reward="f1", reward_samples=5)) if "reward" in note]
     lines = notes(RunConfig(reward_samples=5, reward_length_penalty=0.1, reward_completions="greedy"))
     assert sum("has no effect without --reward" in line for line in lines) == 3

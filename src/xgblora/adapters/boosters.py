@@ -84,20 +84,24 @@ class Ledger:
                 norms[name] = layer.scaling * squared**0.5
         return sum(norm**2 for norm in norms.values()) ** 0.5, norms
 
-    def note_evaluation(self, step: int, loss: float, accuracy: float) -> None:
+    def note_evaluation(self, step: int, loss: float, accuracy: float, reward: float | None = None) -> None:
         """Note the evaluation after ``step``: of the booster that was merged there, else of the pair in training."""
         evaluation = {"eval_loss": loss, "eval_accuracy": accuracy}
+        if reward is not None:
+            evaluation["eval_reward"] = reward
         if self.boosters and self.boosters[-1].step == step:
             self.boosters[-1] = replace(self.boosters[-1], evaluation=evaluation)
         else:
             self.evaluation = evaluation
 
     def evaluations(self) -> dict[int, float]:
-        """The dev loss with the first k boosters, for every k that was evaluated; the pair in training is the last."""
-        losses = {k: b.evaluation["eval_loss"] for k, b in enumerate(self.boosters, start=1) if b.evaluation}
-        if self.evaluation is not None:
-            losses[len(self.boosters) + 1] = self.evaluation["eval_loss"]
-        return losses
+        """The dev loss with the first k boosters, for every k that was evaluated; the pair in training is the last.
+
+        Where training follows a reward, minus the dev reward.
+        """
+        evaluations = {k: booster.evaluation for k, booster in enumerate(self.boosters, start=1)}
+        evaluations[len(self.boosters) + 1] = self.evaluation
+        return {k: -e["eval_reward"] if "eval_reward" in e else e["eval_loss"] for k, e in evaluations.items() if e}
 
     def truncate(self, count: int) -> None:
         """Go back to when there were ``count`` boosters, the last of them being the pair in training.

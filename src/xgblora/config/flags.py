@@ -140,7 +140,7 @@ class Flags(TrainingArguments):
     reward_completions: Literal["greedy", "expected"] | None = flag(
         None,
         "Whose reward: that of the answer the model gives (greedy, the default with --trainer zo), or the mean over "
-        "answers by their probability (expected, the default with --trainer regular: it has a gradient).",
+        "answers by their probability (expected, the default with --trainer regular and --recipe boost).",
         REWARD,
     )
     reward_samples: int = flag(
@@ -218,8 +218,8 @@ class Flags(TrainingArguments):
     )
     early_stopping_boosters: int | None = flag(
         None,
-        "Stop when this many boosters have not lowered the dev loss, and keep those up to the lowest; 0 = keep all. "
-        "Default: 0; recipe boost makes all its boosters and keeps those up to the lowest.",
+        "Stop when this many boosters have not improved the dev loss (reward), and keep those up to the best; 0 = keep "
+        "all. Default: 0; recipe boost makes all its boosters and keeps those up to the best.",
         *(NOT_NEGATIVE, XGBLORA),
     )
 
@@ -239,6 +239,12 @@ class Flags(TrainingArguments):
     )
     boost_ridge: float = flag(1.0, "Recipe boost: ridge penalty of its teacher; 0.3 to 10 is fine.", POSITIVE, BOOST)
     boost_follow_ridge: float = flag(0.03, "Recipe boost: ridge penalty of a booster's fit.", POSITIVE, BOOST)
+    boost_temperature: float = flag(
+        0.25,
+        "Recipe boost with a reward: how far options' chances may stay what the base says, in spreads of their "
+        "rewards. Near 0 the best option is all there is.",
+        *(POSITIVE, BOOST, REWARD),
+    )
     boost_opinion: Literal["auto", "keep", "drop"] = flag(
         "auto",
         "Recipe boost: whether the teacher adds to what the base says along its directions (keep) or replaces it "

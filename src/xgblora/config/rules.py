@@ -85,8 +85,8 @@ def _contradictions(config: Any) -> Iterator[str]:
             yield "--objective reward needs a --reward: accuracy, exact_match, f1, rouge_l or your own"
         if config.trainer == "regular" and config.reward_completions == "greedy":
             yield "--reward_completions greedy has no gradient for --trainer regular: take expected, or --trainer zo"
-        if config.recipe == "boost":
-            yield "--recipe boost fits the likelihood of answers: leave out --objective reward"
+        if config.recipe == "boost" and config.reward_completions == "greedy":
+            yield "--recipe boost raises the mean reward of all options: --reward_completions expected"
     if config.init_adapter and not config.makes_boosters:
         yield "--init_adapter starts from boosters, which --xgblora has: give both"
     if config.lora and config.xgblora:

@@ -63,7 +63,8 @@ class RunConfig(Flags):
         if self.reward is not None:
             self.objective = "reward"
         if self.objective == "reward" and self.reward_completions is None:
-            self.reward_completions = "expected" if self.trainer == "regular" else "greedy"
+            exact = self.trainer == "regular" or self.recipe == "boost"
+            self.reward_completions = "expected" if exact else "greedy"
         self._settle_precision()
         # The base is loaded in its precision; autocast on top would take the adapters out of float32.
         self.fp16 = self.bf16 = False

@@ -19,7 +19,8 @@ from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Estimator, Key, estimator
 from xgblora.learn.fitted import RECIPES, Recipe
 from xgblora.learn.fitted.recipe import no_note
-from xgblora.learn.losses import AnswerLoss, Loss
+from xgblora.learn.losses import AnswerLoss, Loss, OptionLoss
+from xgblora.learn.rewards import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +114,16 @@ class FittedMethod(Method):
 
     def __init__(self, adapters: Adapters, loss: Loss, config: RunConfig) -> None:
         super().__init__(adapters, loss)
+        worth = None
+        if isinstance(loss, Reward) and not loss.writes:
+            worth, loss = loss.of_options, OptionLoss()
         if not isinstance(loss, AnswerLoss):
             raise XgbloraError(
-                f"--recipe {config.recipe} fits the options' or the language model's loss: it takes no objective"
+                f"--recipe {config.recipe} fits the options' or the language model's loss, or the reward of options: "
+                "it takes no other objective"
             )
         self.prefix = Prefix(adapters.model, int(config.activation_cache_gb * 1e9))
-        self.recipe: Recipe = RECIPES[config.recipe](adapters, loss, config, self.prefix)
+        self.recipe: Recipe = RECIPES[config.recipe](adapters, loss, config, self.prefix, worth)
 
     def split(self, rows: Sequence[Example]) -> Sequence[Example]:
         return self.recipe.split(rows)

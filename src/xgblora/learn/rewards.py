@@ -168,11 +168,13 @@ class Reward(Loss):
             chosen = zip(batch.examples, scores.argmax(1).tolist(), strict=True)
             worth = [self.worth(example, self._text(example.options[place])) for example, place in chosen]
             return -torch.tensor(worth, device=scores.device)
-        table = torch.zeros(scores.shape)
-        for row, example in enumerate(batch.examples):
-            for place, option in enumerate(example.options):
-                table[row, place] = self.worth(example, self._text(option))
+        worth_of = [torch.tensor(self.of_options(example)) for example in batch.examples]
+        table = torch.nn.utils.rnn.pad_sequence(worth_of, batch_first=True)
         return -(scores.softmax(1) * table.to(scores.device)).sum(1)
+
+    def of_options(self, example: Example) -> list[float]:
+        """What each of an example's options is worth."""
+        return [self.worth(example, self._text(option)) for option in example.options]
 
     def _of_written(self, base: Base, batch: Batch, writer: Writer) -> Tensor:
         prompts = [example.prompt for example in batch.examples]

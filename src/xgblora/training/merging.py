@@ -102,7 +102,7 @@ class Merging(TrainerCallback):
         losses = self.ledger.evaluations()
         since_best = len(losses) - min(losses, key=losses.__getitem__) if losses else 0
         if 0 < self._patience(args) <= since_best:
-            logger.info("Stopping: %d boosters have not lowered the dev loss", since_best)
+            logger.info("Stopping: %d boosters have not improved the dev %s", since_best, _judged_by(args))
             control.should_training_stop = True
 
     def on_train_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -110,7 +110,9 @@ class Merging(TrainerCallback):
         losses = self.ledger.evaluations()
         if self._patience(args) and args.method == "xgblora" and losses:
             best = min(losses, key=losses.__getitem__)
-            logger.info("Keeping the first %d of %d boosters: dev loss %.4f", best, max(losses), losses[best])
+            what = _judged_by(args)
+            value = losses[best] if what == "loss" else -losses[best]
+            logger.info("Keeping the first %d of %d boosters: dev %s %.4f", best, max(losses), what, value)
             if best <= len(self.ledger.boosters):
                 self.best_pair = None
             self.ledger.truncate(best)
@@ -135,3 +137,8 @@ class Merging(TrainerCallback):
         """Shrink a finished booster; a fitted one was shrunk when its step was taken."""
         if args.method == "xgblora" and not self.method.fits and args.xgblora_shrinkage < 1:
             self.ledger.adapters.scale_pair(args.xgblora_shrinkage)
+
+
+def _judged_by(args: RunConfig) -> str:
+    """What the dev rows say of boosters; a reward is better the higher it is."""
+    return "reward" if args.objective == "reward" else "loss"

@@ -229,7 +229,7 @@ class Trainer(hf.HookedTrainer):
 
     def _note(self, evaluation: Evaluation, reward: float | None) -> None:
         """Note an evaluation on the development rows: in the ledger, in the record, and for early stopping."""
-        self.ledger.note_evaluation(self.state.global_step, evaluation.loss, evaluation.accuracy)
+        self.ledger.note_evaluation(self.state.global_step, evaluation.loss, evaluation.accuracy, reward)
         self.merging.on_dev_evaluation(self.args, self.control)
         if (recorder := self._recorder) is not None:
             recorder.on_dev_evaluation(self.state, evaluation.loss, evaluation.accuracy, reward)

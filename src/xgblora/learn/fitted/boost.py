@@ -16,7 +16,8 @@ from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Forwards, Observed, parts
 from xgblora.learn.fitted.fit import Learner, fit
-from xgblora.learn.fitted.recipe import Fit, Recipe
+from xgblora.learn.fitted.recipe import Fit, Recipe, Worth
+from xgblora.learn.fitted.rewarded import Rewards
 from xgblora.learn.fitted.tail_loss import TailLoss, scored
 from xgblora.learn.fitted.teacher import Teacher, teach
 from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
@@ -41,8 +42,12 @@ ENOUGH_SEARCHED = 32
 class BoostRecipe(Recipe):
     """Boosters fitted to pseudo-residuals; where there are options to choose from, they follow one teacher."""
 
-    def __init__(self, adapters: Adapters, loss: AnswerLoss, config: RunConfig, prefix: Prefix) -> None:
+    def __init__(
+        self, adapters: Adapters, loss: AnswerLoss, config: RunConfig, prefix: Prefix, worth: Worth | None = None
+    ) -> None:
         require_writers(adapters)  # before anything is computed
+        self.rewards = None if worth is None else Rewards(worth, config.boost_temperature)
+        """What options are worth, where that is followed instead of labels."""
         self.adapters = adapters
         self.config = config
         self.forwards = Forwards(adapters, loss, prefix)
@@ -133,6 +138,7 @@ class BoostRecipe(Recipe):
                 ridge=config.boost_ridge,
                 directions=config.boost_boosters * self.adapters.rank,
                 opinion=config.boost_opinion,
+                rewards=self.rewards,
             )
         self.adapters.choose_layers(self.adapters.boosters)
         if resumed:
@@ -235,7 +241,7 @@ def boost(
     chosen = shortest_as_good(asked, best) if teacher is None else best  # a teacher's words carry no chance
     step_by(adapters, learner, chosen * shrinkage)
     return Fit(
-        loss=labelled(seen.hidden).double().mean().item(),
+        loss=labelled(seen.hidden).double().mean().item() if teacher is None else teacher.loss(labelled, seen),
         before=losses[0.0].mean().item(),
         after=losses[chosen].mean().item(),
         step_length=chosen,

@@ -23,6 +23,10 @@ class Fit:
     cost: Cost
 
 
+Worth = Callable[[Example], Sequence[float]]
+"""What each of an example's options is worth."""
+
+
 def no_note(state: str) -> None:
     """Nobody is told."""
 

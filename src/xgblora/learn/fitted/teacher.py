@@ -11,6 +11,7 @@ from xgblora.data.batch import Example
 from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Forwards, Observed
 from xgblora.learn.fitted.fit import fit
+from xgblora.learn.fitted.rewarded import Rewards
 from xgblora.learn.fitted.tail_loss import TailLoss
 
 MINOR = 0.01
@@ -20,7 +21,9 @@ MINOR = 0.01
 class Teacher:
     """What the boosters are to make the model say: the probabilities of options, by example."""
 
-    def __init__(self, directions: int, before: float, losses: dict[bool, float], cost: Cost) -> None:
+    def __init__(
+        self, directions: int, before: float, losses: dict[bool, float], cost: Cost, rewards: Rewards | None = None
+    ) -> None:
         self.directions = directions
         """How many it moves final hidden states along."""
         self.before = before
@@ -30,6 +33,8 @@ class Teacher:
         where it replaces that (False). The better one is what it says."""
         self.cost = cost
         """What was forwarded, once, to fit it."""
+        self.rewards = rewards
+        """What it was fitted to, in place of labels."""
         self.seen: Observed | None = None
         """What it was fitted to; a first booster may be fitted to the same."""
         self._answers: dict[Hashable, Tensor] = {}
@@ -38,6 +43,12 @@ class Teacher:
         """Take ``probabilities`` (examples, options) as what is to be said of the examples of ``seen``."""
         for example, row in zip(seen.examples, probabilities, strict=True):
             self._answers[_question(example)] = row[: len(example.options)]
+
+    def loss(self, labelled: TailLoss, seen: Observed) -> float:
+        """Mean loss of the model as it is: minus its mean reward, where rewards are followed."""
+        return (
+            labelled(seen.hidden).double().mean().item() if self.rewards is None else -self.rewards.mean(labelled, seen)
+        )
 
     def knows(self, example: Example) -> bool:
         """Whether it was taught this example."""
@@ -62,6 +73,7 @@ def teach(
     ridge: float = 1.0,
     directions: int = 4,
     opinion: Literal["auto", "keep", "drop"] = "auto",
+    rewards: Rewards | None = None,
 ) -> Teacher:
     """Fit a :class:`Teacher` of ``examples`` and ``held`` to the model as it is, with one forward over them.
 
@@ -76,11 +88,19 @@ def teach(
         directions: At most so many u_r.
         opinion: "keep" adds f to what the base says along them, "drop" replaces it by f, "auto" takes what has the
             lower loss on ``held``.
+        rewards: Fit to what these want said, in place of the labels.
+
+    Raises:
+        XgbloraError: Rewards tell nothing apart.
     """
     tokens, forwards.work = forwards.tokens, "teacher"
     both = forwards.observe(examples, held)
     seen, unseen = (replace(observed, written=None) for observed in both)
     loss, check = (TailLoss(forwards, observed) for observed in (seen, unseen))
+    if rewards is not None:
+        tau = rewards.tau(seen.examples)
+        wanted = [rewards.targets(*pair, tau) for pair in ((loss, seen), (check, unseen))]
+        loss, check = (TailLoss(forwards, *pair) for pair in zip((seen, unseen), wanted, strict=True))
     outputs: Tensor | None = None
     answers: dict[bool, tuple[Tensor, Tensor, float]] = {}
     with forwards.base.held():
@@ -96,7 +116,7 @@ def teach(
             answers[kept] = probabilities, check.probabilities(moved), check(moved).double().mean().item()
     losses = {kept: answers[kept][2] for kept in answers if not (kept and opinion == "drop")}
     cost = Cost(1, len(seen.examples) + len(unseen.examples), forwards.tokens - tokens)
-    teacher = Teacher(len(learner.outputs), before, losses, cost)
+    teacher = Teacher(len(learner.outputs), before, losses, cost, rewards)
     of_seen, of_unseen, _ = answers[min(losses, key=losses.__getitem__)]
     teacher.learn(seen, of_seen)
     teacher.learn(unseen, of_unseen)
