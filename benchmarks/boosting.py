@@ -3,10 +3,12 @@
     python benchmarks/boosting.py [--tasks RottenTomatoes IMDB40 DebianSections] [--methods boost zo_lora_r1 ...]
                                   [--seeds 0 1 2 3 4] [--fixed zo_lora_r1=3e-3 ...] [--output_root runs/boosting]
                                   [--model_name SmolLM2-135M-Instruct] [--unpack] [--prompt_beginning auto]
+                                  [--num_dev 200] [--num_eval 300]
 
-The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows; every seed draws its own training and
-dev rows, the same ones for all methods. The learning rate (for boost: the ridge) of a method is, for each task, the
-one of its three trials with the lowest dev loss at the first seed, or what ``--fixed`` says; test rows choose nothing.
+The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows, where no other numbers are asked for; every
+seed draws its own training and dev rows, the same ones for all methods. The learning rate (for boost: the ridge) of a
+method is, for each task, the one of its three trials with the lowest dev loss at the first seed, or what ``--fixed``
+says; test rows choose nothing.
 Finished runs are kept, so the same command goes on where it was stopped. Written: ``results.json`` for each task, and
 a table on the console with the mean over seeds, the difference to boost paired by seed, and its 95 % bootstrap
 interval; with several tasks, also the mean over them; and ``accuracy.png``.
@@ -246,12 +248,14 @@ def main() -> None:
     parser.add_argument("--model_name", default=EMBEDDED_MODEL)
     parser.add_argument("--unpack", action="store_true", help="Unpack a .gguf file once, as train --unpack does.")
     parser.add_argument("--prompt_beginning", default="none", help="As train --prompt_beginning, for every method.")
+    parser.add_argument("--num_eval", type=int, default=COMMON["num_eval"], help="Test rows, at most.")
+    parser.add_argument("--num_dev", type=int, default=COMMON["num_dev"], help="Dev rows.")
     asked = parser.parse_args()
     fixed = {method: float(value) for method, value in (pair.split("=") for pair in asked.fixed)}
     if strangers := fixed.keys() - set(asked.methods):
         parser.error(f"--fixed names {', '.join(sorted(strangers))}, which --methods does not")
     common = COMMON | {"max_steps": asked.steps, "model_name": asked.model_name, "unpack": asked.unpack}
-    common |= {"prompt_beginning": asked.prompt_beginning}
+    common |= {"prompt_beginning": asked.prompt_beginning, "num_eval": asked.num_eval, "num_dev": asked.num_dev}
     tables = {
         task: compare(Runs(asked.output_root, task, common, fixed), asked.methods, asked.seeds) for task in asked.tasks
     }

@@ -1,4 +1,4 @@
-"""Four tasks beside the package's own, from text that comes with package registries.
+"""Six tasks beside the package's own, from text that comes with package registries.
 
 IMDB40: the first 40 words of 25,000 film reviews, negative or positive, from the wheel that holds Rotten Tomatoes.
 DebianSections: one-line descriptions of Debian packages, and which of five sections the package is in; from the
@@ -6,6 +6,9 @@ package index of a Debian machine (``apt-cache dumpavail``). One package a sourc
 PackageNames: the same descriptions, and which of four packages of its section each is of; none that names its package.
 PackageDepends: what some packages depend on and suggest, and whether one of them depends on another. In half of the
 rows it does not, and of these every other one suggests it. One package a source.
+DebianSynopses: the first 60 words that describe a package, and the line that sums them up, to be written. The texts are
+there after ``apt-get update -o Acquire::Languages=en``.
+PackageFields: a question about what stands in a package's record, to be answered in its words.
 """
 
 import re
@@ -21,11 +24,21 @@ from datasets import Dataset
 from xgblora.randomness import Stream, generator
 from xgblora.tasks import TASKS
 from xgblora.tasks.rotten_tomatoes import hold_out, reviews
-from xgblora.tasks.task import Task
+from xgblora.tasks.task import Generation, Task
 
 WORDS = 40
 SECTIONS = ("games", "sound", "science", "net", "fonts")
 MOST_OF_A_SECTION = 600
+WRITTEN_ABOUT = 60
+MOST_WRITTEN = 6000
+ASKED = {
+    "Version": "Which version of {} is it?",
+    "Maintainer": "Who looks after {}?",
+    "Section": "What kind of software is {}?",
+    "Homepage": "Where on the web is {}?",
+    "Description": "What is {}?",
+}
+"""Fields of a record, and what asks for them."""
 
 
 def _imdb() -> Mapping[str, Dataset]:
@@ -106,6 +119,48 @@ def _depends() -> Mapping[str, Dataset]:
     return hold_out(Dataset.from_list(kept), 2000)
 
 
+def _translations() -> list[Message]:
+    """English descriptions, by package: the first line sums up the others."""
+    listed = ["apt-get", "indextargets", "-o", "Acquire::Languages=en", "--format", "$(FILENAME)"]
+    output = subprocess.run([*listed, "Created-By: Translations"], capture_output=True, check=True, encoding="utf-8")
+    texts = [
+        subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", file], capture_output=True, check=True, encoding="utf-8")
+        for file in sorted(output.stdout.split())
+    ]
+    return [message_from_string(block) for text in texts for block in text.stdout.split("\n\n") if block.strip()]
+
+
+def _synopses() -> Mapping[str, Dataset]:
+    rows: dict[str, str] = {}  # text by synopsis
+    texts = set()
+    for package in sorted(_translations(), key=lambda package: package["Package"] or ""):
+        synopsis, *lines = (package["Description-en"] or "").split("\n")
+        words = " ".join("" if line.strip() == "." else line for line in lines).split()
+        text = " ".join(words[:WRITTEN_ABOUT])
+        if len(words) >= WRITTEN_ABOUT // 3 and text not in texts and synopsis not in rows:
+            rows[synopsis] = text
+            texts.add(text)
+    kept = [{"text": text, "synopsis": synopsis} for synopsis, text in rows.items()]
+    order = torch.randperm(len(kept), generator=generator(0, Stream.SPLIT, len(SECTIONS) + 2)).tolist()[:MOST_WRITTEN]
+    return hold_out(Dataset.from_list([kept[i] for i in order]), 2000)
+
+
+def _fields() -> Mapping[str, Dataset]:
+    sources, rows = set(), []
+    for package in _listed():
+        if _source(package) not in sources and all(package[field] for field in ASKED):
+            sources.add(_source(package))
+            rows.append({field: " ".join(package[field].split())[:200] for field in ("Package", *ASKED)})
+    order = torch.randperm(len(rows), generator=generator(0, Stream.SPLIT, len(SECTIONS) + 3)).tolist()[:MOST_WRITTEN]
+    kept = []
+    for number, place in enumerate(order):
+        field = list(ASKED)[number % len(ASKED)]
+        record = "\n".join(f"{name}: {rows[place][name]}" for name in ("Package", *ASKED))
+        question = ASKED[field].format(rows[place]["Package"])
+        kept.append({"record": record, "question": question, "value": rows[place][field]})
+    return hold_out(Dataset.from_list(kept), 2000)
+
+
 IMDB40 = Task("IMDB40", "{{ text | trim }} It was", ("terrible", "great"), "label", _imdb)
 DEBIAN_SECTIONS = Task(
     "DebianSections",
@@ -134,5 +189,27 @@ PACKAGE_DEPENDS = Task(
     _depends,
 )
 
-for task in (IMDB40, DEBIAN_SECTIONS, PACKAGE_NAMES, PACKAGE_DEPENDS):
+DEBIAN_SYNOPSES = Task(
+    "DebianSynopses",
+    "{{ text }}\nIn one line:",
+    (),
+    "synopsis",
+    _synopses,
+    metric="f1",
+    classification=False,
+    generation=Generation(24),
+)
+
+PACKAGE_FIELDS = Task(
+    "PackageFields",
+    "{{ record }}\nQuestion: {{ question }}\nAnswer:",
+    (),
+    "value",
+    _fields,
+    metric="f1",
+    classification=False,
+    generation=Generation(40),
+)
+
+for task in (IMDB40, DEBIAN_SECTIONS, PACKAGE_NAMES, PACKAGE_DEPENDS, DEBIAN_SYNOPSES, PACKAGE_FIELDS):
     TASKS[task.name] = task

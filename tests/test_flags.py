@@ -75,6 +75,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "num_train": (SHORT, "24"),
     "num_dev": (EVALS, "6"),
     "num_eval": (SHORT, "9"),
+    "other_text": (SHORT, "FOLDER/mine.yaml"),
     "train_set_seed": (SHORT, "1"),
     "max_length": (SHORT, "12"),
     "prompt_beginning": (SHORT, "A film."),

@@ -111,6 +111,9 @@ class Flags(TrainingArguments):
         NOT_NEGATIVE,
     )
     num_eval: int = flag(1000, "Evaluation examples, sampled from the test (else validation) split.", at_least(1))
+    other_text: str | None = flag(
+        None, "A file of other text, a text a line: its loss before and after training tells what was forgotten."
+    )
     train_set_seed: int = flag(0, "Seed of the sample of training and development examples.", NOT_NEGATIVE)
     max_length: int = flag(2048, "Tokens of prompt and option; longer prompts lose their beginning.", at_least(2))
     prompt_beginning: str | None = flag(

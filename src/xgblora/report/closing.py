@@ -19,6 +19,11 @@ def closing(result: RunResult, folder: Path, dev_losses: Mapping[int, float], as
     lines = [_reached(result)]
     if dev := _dev(result, dev_losses):
         lines.append(dev)
+    if (rise := result.forgotten) is not None and result.boosters is not None:
+        lines.append(
+            f"Other text: the loss of a token {result.zero_shot_other_text_loss:.3f} -> {result.other_text_loss:.3f} "
+            f"nats ({rise:+.3f})."
+        )
     if result.boosters is not None:
         verb, _, rest = asks.partition(" ")
         lines.append(f"Next: xgblora {verb} {folder.as_posix()} {rest}".rstrip())

@@ -17,6 +17,7 @@ OPTIONAL = {
     "zero_shot_dev_loss": ("zero_shot_dev_loss",),
     "metric": ("metric", "score", "zero_shot_score", "dev_score"),
     "reward": ("reward", "zero_shot_reward", "dev_reward"),
+    "other_text_loss": ("other_text_loss", "zero_shot_other_text_loss"),
     "boosters": ("boosters",),
     "rank": ("rank",),
     "trainable_parameters": ("seconds_per_step", "trainable_parameters"),
@@ -68,6 +69,9 @@ class RunResult:
     """Mean reward, where the run had one."""
     zero_shot_reward: float | None = None
     dev_reward: float | None = None
+    other_text_loss: float | None = None
+    """Of a token of text that nothing was trained on, where the run had some."""
+    zero_shot_other_text_loss: float | None = None
     merges: int = 0
     merge_steps: list[int] = field(default_factory=list)
     boosters: int | None = None
@@ -97,6 +101,13 @@ class RunResult:
         """Of the accuracy, at 95 %."""
         rows = self.rows["evaluation"]
         return wilson(round(self.accuracy * rows), rows)
+
+    @property
+    def forgotten(self) -> float | None:
+        """By how much the loss of other text rose."""
+        if self.other_text_loss is None or self.zero_shot_other_text_loss is None:
+            return None
+        return self.other_text_loss - self.zero_shot_other_text_loss
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from xgblora.report.result import Curves
 
 _SUMMARISED = (
-    *("accuracy", "score", "reward", "gain", "dev_accuracy", "eval_loss"),
+    *("accuracy", "score", "reward", "gain", "dev_accuracy", "eval_loss", "other_text_loss"),
     *("seconds_per_step", "training_seconds", "peak_memory_mb", "merges"),
 )
 
@@ -20,11 +20,14 @@ def results_table(runs: Sequence[Curves]) -> Table:
     split = first.evaluation_split
     table = Table(
         title=f"{first.model} on {first.task}, {first.rows['evaluation']} held-out {split} rows",
-        caption="accuracies in %; forwarded: examples; training in seconds, peak memory in MB",
+        caption="accuracies in %; forwarded: examples; training in seconds, peak memory in MB"
+        + ("" if first.forgotten is None else "; forgot: rise of other text's loss, nats"),
     )
     names = ["method", "seed", "zero-shot", "dev", split, "95 %", "gain", "loss", "merges", "forwarded", "training"]
     names += ["peak", *([first.metric.replace("_", " ")] if first.metric else [])]
-    for name in [*names, "reward"] if first.reward is not None else names:
+    names += ["reward"] if first.reward is not None else []
+    names += ["forgot"] if first.forgotten is not None else []
+    for name in names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for result in (run.result for run in runs):
         table.add_row(
@@ -42,6 +45,7 @@ def results_table(runs: Sequence[Curves]) -> Table:
             "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f}",
             *([_percent(result.score)] if result.metric else []),
             *([f"{result.reward:.3f}"] if result.reward is not None else []),
+            *([f"{result.forgotten:+.3f}"] if result.forgotten is not None else []),
         )
     return table
 

@@ -37,11 +37,13 @@ def task_of(config: RunConfig) -> Task | Chat:
 
 
 def contents(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of each local file that decides, beside the settings, what a run computes: task, data, reward."""
+    """SHA-256 of each local file that decides, beside the settings, what a run computes: task, data, reward, text."""
     data = data_files(task_of(config), config.data_dir)
     files = {f"the {split} data ({file.name})": file for split, file in data.items()}
     if config.task_file:
         files["--task_file"] = Path(config.task_file)
+    if config.other_text:
+        files["--other_text"] = Path(config.other_text)
     if config.reward and (module := reward_file(config.reward)):
         files["--reward"] = module
     return {what: digest(file) for what, file in files.items() if file.is_file()}

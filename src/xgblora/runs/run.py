@@ -91,11 +91,13 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
             prepare_folder(config, workspace.contents)
             with adapters.first(0):
                 workspace.zero_shot(config)
+                workspace.zero_shot_other_loss(config)
             work = _train(config, workspace, ledger, stop, checkpoint)
             scores = workspace.scores(config, "trained")
+            work["other_text_loss"] = workspace.other_loss(config)
         finally:
             adapters.detach()
-    result = RunResult(**_reached(config, workspace, scores), **work)
+    result = RunResult(**_reached(config, workspace, scores) | work)
     if config.trainer != "none":
         facts = CardFacts(workspace.task, config.model_name, work["rank"], config.resolved(), result)
         add_card(folder_of(config) / ADAPTER, card(facts))
@@ -269,6 +271,7 @@ def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, 
         "dev_loss": dev.loss if dev else None,
         "zero_shot_dev_loss": dev_before.loss if dev_before else None,
     }
+    reached |= dict.fromkeys(("other_text_loss", "zero_shot_other_text_loss"), workspace.zero_shot_other_loss(config))
     evaluations = ("", workspace.eval, final), ("zero_shot_", workspace.eval, zero_shot), ("dev_", workspace.dev, dev)
     if (metric := workspace.task.metric) != "accuracy":
         reached["metric"] = metric

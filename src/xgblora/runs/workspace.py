@@ -1,6 +1,7 @@
 """What runs share: the base model, the encoded rows, and the scores before any training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +15,7 @@ from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import Evaluation, evaluate_together
+from xgblora.learn.forgetting import encode_texts, read_texts, token_loss
 from xgblora.learn.generation import Writer
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward, RewardFunction, load_reward
@@ -58,6 +60,7 @@ class Workspace:
         if self.classification and self.task.generation:
             raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
         function = _reward_function(config, writes=self.task.generation is not None)
+        texts = read_texts(Path(config.other_text)) if config.other_text else []
         splits = load_splits(self.task, config.data_dir)
         self._samples = sample(splits, self.num_train, self.num_dev, config.num_eval, config.train_set_seed)
         self.eval_split = self._samples.eval_split
@@ -78,7 +81,12 @@ class Workspace:
         self.train, self.dev, self.eval = (
             self._encode(rows) for rows in (self._samples.train, self._samples.dev, self._samples.eval)
         )
+        self.other = encode_texts(texts, self.tokenizer, self._length) if texts else []
+        """Other text, that nothing is trained on."""
+        if self.other:
+            self.base.require_known(self.other)
         self._zero_shot: Scores | None = None
+        self._zero_shot_other: float | None = None
 
     def _encode(self, rows: Dataset, demonstrations: Sequence[Any] = ()) -> list[Example]:
         task, length, scored = self.task, self._length, self._score_prompt
@@ -137,6 +145,16 @@ class Workspace:
         if self._zero_shot is None:
             self._zero_shot = self.scores(config, "zero-shot")
         return self._zero_shot
+
+    def other_loss(self, config: RunConfig) -> float | None:
+        """The loss of other text, of the model as it is; None where there is none."""
+        return token_loss(self.base, self.other, config.per_device_eval_batch_size) if self.other else None
+
+    def zero_shot_other_loss(self, config: RunConfig) -> float | None:
+        """The same before any training, once."""
+        if self._zero_shot_other is None:
+            self._zero_shot_other = self.other_loss(config)
+        return self._zero_shot_other
 
 
 def _reward_function(config: RunConfig, writes: bool) -> RewardFunction | None:

@@ -1,0 +1,65 @@
+"""The loss of text that a model was not trained on: what it forgets shows there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from xgblora.base import Base
+from xgblora.data.batch import Example, build_batch, split_by_tokens
+from xgblora.errors import XgbloraError
+from xgblora.learn.losses import TextLoss
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, one a line; blank lines do not count.
+
+    Raises:
+        XgbloraError: It cannot be read, or holds no text.
+    """
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise XgbloraError(f"cannot read --other_text {path}: {reason}") from error
+    if not texts:
+        raise XgbloraError(f"--other_text {path} holds no text: a text a line is wanted")
+    return texts
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Texts as examples whose tokens are all predicted but for the first; longer ones end at ``max_length`` tokens.
+
+    Raises:
+        XgbloraError: None has two tokens.
+    """
+    ids = [row[:max_length] for row in tokenizer(list(texts))["input_ids"]]
+    rows = [Example(row[:-1], [row[-1:]], 0, score_prompt=True) for row in ids if len(row) > 1]
+    if not rows:
+        raise XgbloraError("the lines of --other_text have one token each: nothing in them can be predicted")
+    return rows
+
+
+def token_loss(base: Base, texts: Sequence[Example], batch_size: int) -> float:
+    """Mean negative log-probability of a token, in nats, over all that are predicted.
+
+    Args:
+        base: With its adapters as they are.
+        texts: From :func:`encode_texts`.
+        batch_size: A batch holds as many tokens as so many texts of average length.
+
+    Example:
+        >>> from xgblora.base.load import tiny_model
+        >>> round(token_loss(Base(tiny_model()), [Example([1, 2], [[3]], 0, score_prompt=True)], 8), 1)
+        4.6
+    """
+    by_length = sorted(texts, key=lambda text: text.tokens)
+    room = batch_size * sum(text.tokens for text in texts) / len(texts)
+    total = 0.0
+    with base.without_gradients():
+        batches = [build_batch(group, base.packed).to(base.device) for group in split_by_tokens(by_length, room)]
+        for batch, losses in zip(batches, TextLoss().all_losses(base, batches), strict=True):
+            predicted = torch.tensor([len(text.prompt) for text in batch.examples])
+            total += (losses.double().cpu() * predicted).sum().item()
+    return total / sum(len(text.prompt) for text in texts)
