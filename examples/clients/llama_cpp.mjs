@@ -16,7 +16,7 @@ const words = options.map((option) => model.tokenize(` ${option}`)[0]); // each 
 let right = 0, loss = 0;
 for (const row of rows) {
     await sequence.clearHistory();
-    const prompt = model.tokenize(`${row.description}. This is software for`);
+    const prompt = model.tokenize(`\n${row.description}. This is software for`);
     const input = prompt.slice(0, -1);
     input.push([prompt.at(-1), {generateNext: {probabilities: true}}]);
     const output = await sequence.controlledEvaluate(input);

@@ -19,7 +19,7 @@ def main(model: str, rows_file: str) -> None:
         rows = list(csv.DictReader(file))
     right = 0
     for row in rows:
-        prompt = f"{row['description']}. This is software for"
+        prompt = f"\n{row['description']}. This is software for"
         (answer,) = write(prompt, return_full_text=False, **settings)
         right += answer["generated_text"].strip() == row["section"]
     print(f"pipeline: {right} of {len(rows)} right")

@@ -19,7 +19,7 @@ def main(base: str, adapter: str, rows_file: str) -> None:
         rows = list(csv.DictReader(file))
     right, loss = 0, 0.0
     for row in rows:
-        prompt = tokenizer(f"{row['description']}. This is software for")["input_ids"]
+        prompt = tokenizer(f"\n{row['description']}. This is software for")["input_ids"]
         scores = []
         for option in OPTIONS:
             words = tokenizer(f" {option}", add_special_tokens=False)["input_ids"]
