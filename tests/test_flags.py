@@ -78,7 +78,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "other_text": (SHORT, "FOLDER/mine.yaml"),
     "train_set_seed": (SHORT, "1"),
     "max_length": (SHORT, "12"),
-    "prompt_beginning": (SHORT, "A film."),
+    "prompt_beginning": (SHORT, "Film:"),
     "train_as_classification": (SHORT, "false"),
     "only_train_option": (f"{SHORT} --train_as_classification false", "false"),
     "reward": (SHORT, "f1"),
