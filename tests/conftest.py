@@ -132,13 +132,24 @@ def estimate(
     return two_sided(adapters, loss or OptionLoss(), batch, Key(seed, step))
 
 
+def _training(folder: Path, model: Path, flags: str) -> list[str]:
+    command = f"train --model_name {model} --use_cpu true --disable_tqdm true --output_dir {folder / 'run'} {flags}"
+    return command.split()
+
+
+def refusal_by_command(folder: Path, model: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which ``xgblora train`` into ``folder / "run"`` is refused."""
+    assert main(_training(folder, model, flags)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
 def train_by_command(folder: Path, model: Path, flags: str, task: str = "") -> dict[str, Any]:
     """``xgblora train`` into ``folder / "run"``, perhaps of a task file with the text ``task``; returns the metrics."""
     if task:
         (folder / "mine.yaml").write_text(task, encoding="utf-8")
         flags += f" --task_file {folder / 'mine.yaml'}"
-    command = f"train --model_name {model} --use_cpu true --disable_tqdm true --output_dir {folder / 'run'} {flags}"
-    assert main(command.split()) == 0
+    assert main(_training(folder, model, flags)) == 0
     metrics: dict[str, Any] = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     return metrics
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, build, byte_tokenizer, train_by_command
+from conftest import ARCHITECTURES, build, byte_tokenizer, refusal_by_command, train_by_command
 from xgblora import Base, attach
 from xgblora.cli import main
 from xgblora.learn.forgetting import encode_texts, read_texts, token_loss
@@ -98,11 +98,8 @@ def test_a_file_without_text_is_refused_in_a_line(
     file = tmp_path / "other.txt"
     if content is not None:
         file.write_bytes(content)
-    command = f"train --model_name {model_folder} --use_cpu true --disable_tqdm true --output_dir {tmp_path / 'run'}"
-    command += f" --task_name SST2 --data_dir {data_folder} --max_steps 2 {SIZES} --other_text {file}"
-    assert main(command.split()) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert says in line
+    flags = f"--task_name SST2 --data_dir {data_folder} --max_steps 2 {SIZES} --other_text {file}"
+    assert says in refusal_by_command(tmp_path, model_folder, flags, capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import ARCHITECTURES, build, byte_tokenizer, estimate, examples, option_scores, train_by_command
+from conftest import (
+    ARCHITECTURES,
+    build,
+    byte_tokenizer,
+    estimate,
+    examples,
+    option_scores,
+    refusal_by_command,
+    train_by_command,
+)
 from xgblora import (
     Base,
     Example,
@@ -387,10 +396,7 @@ def test_a_reward_that_boost_cannot_follow_is_refused(
     written = f"--task_file {tmp_path / 'task.yaml'} --reward {module}:letter"
     same = f"--task_name SST2 --data_dir {data_folder} --reward {module}:same"
     for flags, says in ((written, "follows rewards of options; here answers are written"), (same, "tell a better one")):
-        command = f"train --recipe boost --model_name {model_folder} --use_cpu true --disable_tqdm true {SIZES} {flags}"
-        assert main([*command.split(), "--output_dir", str(tmp_path / "run")]) == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert says in line
+        assert says in refusal_by_command(tmp_path, model_folder, f"--recipe boost {SIZES} {flags}", capsys)
 
 
 def test_boosters_of_a_reward_are_kept_up_to_the_highest(tmp_path: Path) -> None:
@@ -463,11 +469,9 @@ def test_bad_rewards_are_one_line(
     data_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = f"train --model_name {model_folder} --use_cpu true --disable_tqdm true --output_dir {tmp_path / 'run'}"
-    command += f" --task_name SST2 --data_dir {data_folder} --max_steps 2 --num_train 8 --num_dev 4 --num_eval 4"
-    assert main([*command.split(), "--reward", reward.replace("OWN", module)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert says in line
+    flags = f"--task_name SST2 --data_dir {data_folder} --max_steps 2 --num_train 8 --num_dev 4 --num_eval 4"
+    flags += f" --reward {reward.replace('OWN', module)}"
+    assert says in refusal_by_command(tmp_path, model_folder, flags, capsys)
 
 
 @pytest.mark.parametrize(
