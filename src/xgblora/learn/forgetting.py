@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.base import Base
-from xgblora.data.batch import Example, build_batch, split_by_tokens
+from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
+from xgblora.learn.evaluate import by_tokens
 from xgblora.learn.losses import TextLoss
 
 
@@ -54,11 +55,9 @@ def token_loss(base: Base, texts: Sequence[Example], batch_size: int) -> float:
         >>> round(token_loss(Base(tiny_model()), [Example([1, 2], [[3]], 0, score_prompt=True)], 8), 1)
         4.6
     """
-    by_length = sorted(texts, key=lambda text: text.tokens)
-    room = batch_size * sum(text.tokens for text in texts) / len(texts)
     total = 0.0
     with base.without_gradients():
-        batches = [build_batch(group, base.packed).to(base.device) for group in split_by_tokens(by_length, room)]
+        batches = [base.batch([texts[i] for i in group]) for group in by_tokens(texts, batch_size)]
         for batch, losses in zip(batches, TextLoss().all_losses(base, batches), strict=True):
             predicted = torch.tensor([len(text.prompt) for text in batch.examples])
             total += (losses.double().cpu() * predicted).sum().item()

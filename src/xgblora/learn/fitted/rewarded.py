@@ -31,15 +31,17 @@ class Rewards:
 
     def table(self, examples: Sequence[Example]) -> Tensor:
         """Rewards (examples, options), 0 where an example has no option."""
-        for example in examples:
-            if id(example) not in self._known:
-                self._known[id(example)] = example, torch.tensor(list(self.worth(example)))
-        return nn.utils.rnn.pad_sequence([self._known[id(example)][1] for example in examples], batch_first=True)
+        return nn.utils.rnn.pad_sequence([self._of(example) for example in examples], batch_first=True)
+
+    def _of(self, example: Example) -> Tensor:
+        """Rewards (options,), asked for once; the example is kept, so that its id stays its own."""
+        if id(example) not in self._known:
+            self._known[id(example)] = example, torch.tensor(list(self.worth(example)))
+        return self._known[id(example)][1]
 
     def tau(self, examples: Sequence[Example]) -> float:
         """In units of the rewards. Raises :class:`XgbloraError` where no example has a better and a worse option."""
-        self.table(examples)
-        variances = [self._known[id(example)][1].double().var(correction=0) for example in examples]
+        variances = [self._of(example).double().var(correction=0) for example in examples]
         spread = torch.stack(variances).mean().sqrt().item()
         if spread == 0:
             raise XgbloraError(
