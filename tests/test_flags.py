@@ -144,6 +144,8 @@ ELSEWHERE: dict[str, str] = {
     "activation_cache_gb": "test_cli.py: bounds memory; the numbers are the same (test_prefix.py)",
     "max_bad_steps": "test_reliability.py: test_bad_steps_are_left_out_and_counted",
     "torch_compile": "test_compilation.py",
+    "gradient_checkpointing": "test_checkpointing.py: test_a_training_learns_the_same",
+    "activation_checkpointing": "test_checkpointing.py: test_a_training_learns_the_same",
     "reward_samples": "test_rewards.py",
     "tf32": "refused without a GPU of its kind",
     "use_cpu": "needs a GPU to be seen",

@@ -251,6 +251,12 @@ def use_one_device(args: TrainingArguments) -> None:
     args._n_gpu = min(args.n_gpu, 1)
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """Name of the attention function that forwards run now."""
+    name: str = model.config._attn_implementation
+    return name
+
+
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Run forwards inside the block with a registered attention function; then restore the model's own."""

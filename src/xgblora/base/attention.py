@@ -1,7 +1,7 @@
 """Attention over packed rows, which keeps examples apart, and the forward that uses it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,8 @@ class _Group:
 
 
 def _groups(batch: Batch, together: bool) -> list[_Group]:
-    """One call for each row, which copies and pads nothing, or one for all rows ``together``: calls cost more on GPUs.
+    """One call for each row, which copies and pads nothing, or one for all rows ``together``: calls cost more on GPUs,
+    and on the way back.
 
     A shared beginning takes a call of its own.
     """
@@ -97,24 +98,43 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     Several rows are padded only in here. With right padding and a causal mask no real token ever looks at a padded
     one, so plain segments need no mask at all.
     """
-    heads, width = query.shape[1], value.shape[3]
-    result = value.new_zeros(1, query.shape[2], heads, width)  # zeros for filler tokens
-    for group in _groups_of_row.get():
-        mask = _mask(group, window)
-        stop = group.start + group.slot.numel()
-        q, k, v = (x[:, :, group.start : stop] for x in (query, key, value))
-        if group.rows > 1:
-            q, k, v = (_rectangle(x, group) for x in (q, k, v))
-        if group.shared:
-            k, v = (
-                torch.cat([x[:, :, : group.shared].expand(group.rows, -1, -1, -1), rest], dim=2)
-                for x, rest in ((key, k), (value, v))
-            )
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != key.shape[1]
-        ).transpose(1, 2)
-        result[0, group.start : stop] = out[0] if group.rows == 1 else out.flatten(0, 1)[group.slot]
-    return result
+    groups = _groups_of_row.get()
+    lengths = [group.slot.numel() for group in groups]
+    filler = query.shape[2] - sum(lengths)
+    # Not slices, and no result that is written into: the gradient of each of those is as long as the whole row.
+    of_groups = zip(*(x.split([*lengths, filler], dim=2) for x in (query, key, value)), strict=True)
+    parts = [
+        _of_group(group, q, k, v, (key, value), (scaling, window))
+        for group, (q, k, v) in zip(groups, of_groups, strict=False)
+    ]
+    return torch.cat([*parts, value.new_zeros(filler, query.shape[1], value.shape[3])])[None]
+
+
+def _of_group(
+    group: _Group,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row: tuple[Tensor, Tensor],
+    how: tuple[float | None, int | None],
+) -> Tensor:
+    """(tokens, heads, head_dim) of a group; ``row`` has key and value of all groups, ``how`` scaling and window."""
+    scaling, window = how
+    dtype, fewer = v.dtype, q.shape[1] != k.shape[1]
+    if group.rows > 1:
+        q, k, v = (_rectangle(x, group) for x in (q, k, v))
+    if group.shared:
+        k, v = (
+            torch.cat([x[:, :, : group.shared].expand(group.rows, -1, -1, -1), rest], dim=2)
+            for x, rest in zip(row, (k, v), strict=True)
+        )
+    if q.requires_grad and not q.is_cuda:  # on CPUs the way back of half precision takes two to three times as long
+        q, k, v = q.float(), k.float(), v.float()
+    mask = _mask(group, window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=fewer
+    ).transpose(1, 2)
+    return (out[0] if group.rows == 1 else out.flatten(0, 1)[group.slot]).to(dtype)
 
 
 _groups_of_row: ContextVar[list[_Group]] = ContextVar("_groups_of_row")
@@ -161,12 +181,31 @@ def attending_packed(model: PreTrainedModel, packed: bool) -> Iterator[None]:
 @contextmanager
 def _packed_row(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
     """Attend as ``batch`` is packed. Afterwards the model is as its user left it, so that generation works as ever."""
-    groups = _groups_of_row.set(_groups(batch, together=batch.slot.is_cuda))
+    alike = batch.rows * batch.longest <= 2 * batch.tokens
+    together = batch.slot.is_cuda or (torch.is_grad_enabled() and alike)
+    groups = _groups_of_row.set(_groups(batch, together))
     try:
         with hf.attention(model, _ATTENTION):
             yield
     finally:
         _groups_of_row.reset(groups)
+
+
+def as_now(model: PreTrainedModel) -> Callable[[], AbstractContextManager[None]]:
+    """Makes blocks in which layers attend as they do now, also after the forward, and in other threads."""
+    groups, name = _groups_of_row.get(None), hf.attention_of(model)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        before = None if groups is None else _groups_of_row.set(groups)
+        try:
+            with hf.attention(model, name):
+                yield
+        finally:
+            if before is not None:
+                _groups_of_row.reset(before)
+
+    return again
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -139,6 +139,7 @@ def _key(example: Example) -> tuple[Any, ...]:
     return tuple(example.prompt), tuple(map(tuple, example.options))
 
 
+@torch.no_grad()
 def run_below(model: PreTrainedModel, batches: Sequence[Batch], layer: str, run: Run) -> list[Tensor]:
     """The hidden states of each batch that enter decoder layer ``layer``.
 

@@ -42,11 +42,14 @@ class RunConfig(Flags):
         check(self)
         # Ours compiles layer by layer, on the packed path: accelerate must not wrap the model as well.
         compile_layers, self.torch_compile = self.torch_compile, False
+        # Ours works in eval mode, and for whatever architecture: transformers must not switch on its own as well.
+        checkpoints = bool(self.gradient_checkpointing or self.activation_checkpointing)
+        self.gradient_checkpointing = self.activation_checkpointing = False
         try:
             super().__post_init__()
         except Exception as error:  # of many kinds: files that flags name, versions that they want
             raise XgbloraError(one_line(error, 1000)) from error
-        self.torch_compile = compile_layers
+        self.torch_compile, self.gradient_checkpointing = compile_layers, checkpoints
         if self.trainer != "none" and (problem := hf.try_optimizer(self)):
             raise XgbloraError(problem)
         if self.device.type == "cpu":

@@ -15,6 +15,7 @@ BEST = Applies(
 )
 CLASSIC = Applies(lambda c: c.recipe == "classic", "with --recipe boost")
 ONE_STEP = Needs(lambda c: c.recipe == "classic", "has no place in --recipe boost, where a booster is one step")
+BACKPROP = Applies(lambda c: c.trainer == "regular", "with --trainer {trainer}")
 WORKERS = Applies(lambda c: c.dataloader_num_workers > 0, "without --dataloader_num_workers")
 SEED = Check(lambda value: 0 <= value < 2**32, "0 to 4294967295")
 BETA = Check(lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -30,6 +31,7 @@ def _each(table: dict[str, Any]) -> dict[str, Any]:
 
 ALLOWED: dict[str, Flag] = _each(
     {
+        "activation_checkpointing gradient_checkpointing": Flag(BACKPROP, identity=False),
         "adam_beta1 adam_beta2": Flag(CLASSIC, ADAM, BETA),
         "adam_epsilon": Flag(CLASSIC, ADAM, NOT_NEGATIVE),
         "bf16 fp16": WATCHED,  # the same as --load_bfloat16 and --load_float16, which decide
@@ -63,7 +65,6 @@ ALLOWED: dict[str, Flag] = _each(
 
 ONE_PROCESS = "training runs in one process"
 HUB = "a finished run is uploaded by xgblora push RUN OWNER/NAME"
-EVAL_MODE = "the base runs in eval mode, where it has no effect"
 OWN_EVALUATION = "evaluation packs its own batches and keeps one number an example"
 AS_IT_IS = "the base is called as it is"
 
@@ -72,8 +73,7 @@ REFUSED: dict[str, str] = _each(
         "accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph": ONE_PROCESS,
         "ddp_find_unused_parameters ddp_timeout deepspeed fsdp fsdp_config local_rank": ONE_PROCESS,
         "log_level_replica log_on_each_node parallelism_config save_on_each_node": ONE_PROCESS,
-        "activation_checkpointing activation_checkpointing_kwargs": EVAL_MODE,
-        "gradient_checkpointing gradient_checkpointing_kwargs": EVAL_MODE,
+        "activation_checkpointing_kwargs gradient_checkpointing_kwargs": "whole decoder layers are computed again",
         "batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_use_gather_object": OWN_EVALUATION,
         "include_for_metrics prediction_loss_only": OWN_EVALUATION,
         "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub": HUB,

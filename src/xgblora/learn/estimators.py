@@ -8,6 +8,7 @@ less, for the same forward passes.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import Probe
+from xgblora.base.checkpointing import checkpointed
 from xgblora.base.cpu_layout import return_freed_memory
 from xgblora.base.prefix import Prefix
 from xgblora.config import RunConfig
@@ -150,12 +152,21 @@ class TwoSided:
 class Backprop:
     """The exact gradient, by backpropagation through the base."""
 
+    checkpoints: bool = False
+    """Keep what enters each decoder layer alone, and compute the rest of it again on the way back."""
+    prefix: Prefix | None = None
+    """Computes what lies below the lowest layer that trains, where nothing goes back."""
+
     def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
         """Compute the gradient of the mean loss of ``batch``."""
-        before = loss.tokens
+        before, base = loss.tokens, adapters.base
         parameters = [matrix for layer, _, _ in adapters.slices for matrix in (layer.lora_A, layer.lora_B)]
-        with torch.enable_grad():
-            weighted = loss(adapters.base, batch).mean() * share
+        with (
+            torch.enable_grad(),
+            base.skipping(self.prefix, adapters.lowest_layer),
+            checkpointed(base.model) if self.checkpoints else nullcontext(),
+        ):
+            weighted = loss(base, batch).mean() * share
         gradients = torch.autograd.grad(weighted, parameters, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
         tokens = loss.tokens - before if loss.writes else batch.tokens
@@ -180,5 +191,5 @@ def split_batch(batch: Batch) -> list[tuple[slice, Batch]]:
 def estimator(config: RunConfig, prefix: Prefix | None) -> Estimator:
     """The estimator that a configuration asks for."""
     if config.trainer == "regular":
-        return Backprop()
+        return Backprop(config.gradient_checkpointing, prefix)
     return TwoSided(config.zo_eps, config.zo_num_perturbations, config.zo_directions, prefix)

@@ -85,7 +85,7 @@ class GradientMethod(Method):
     def __init__(self, adapters: Adapters, loss: Loss, config: RunConfig) -> None:
         super().__init__(adapters, loss)
         self.config = config
-        if config.trainer == "zo" and not loss.writes:
+        if not loss.writes:
             self.prefix = Prefix(adapters.model, int(config.activation_cache_gb * 1e9))
         self.estimator: Estimator = estimator(config, self.prefix)
 
