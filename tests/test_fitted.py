@@ -35,9 +35,10 @@ from xgblora.learn.fitted.fit import fit
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.fitted.teacher import MINOR, teach
-from xgblora.learn.fitted.writers import residual_writers, turned_down, written_along
+from xgblora.learn.fitted.writers import last_writers, residual_writers, turned_down, written_along
 from xgblora.learn.losses import AnswerLoss, divergences
 from xgblora.randomness import Stream, generator
+from xgblora.runs.run import attach_for
 
 OPTIONS = {"single": [[5], [9]], "several": [[5], [9], [13]], "long": [[5, 6], [9], [13, 14, 15]]}
 LOSSES: list[AnswerLoss] = [OptionLoss(), TextLoss()]
@@ -720,3 +721,38 @@ def test_a_resumed_teacher_is_fitted_to_the_first_boosters_layers(choice: Any, t
     for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
         for a, b in zip(mine.pairs(), theirs.pairs(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "mistral", "gemma"])
+def test_the_last_writers_do_what_was_fitted_however_far_it_goes(name: str) -> None:
+    """Nothing comes behind them, so final hidden states move as the fit said, by steps of any length."""
+    base = Base(build(ARCHITECTURES[name]))
+    targets = last_writers(base)
+    assert [base.writers[target].layer for target in targets] == [list(base.layers)[-1]]
+    adapters = attach(base, 1, 16, targets, xgblora=True, layers=LayerSubset(1, "top"))
+    adapters.resize_pair(4)
+    forwards = Forwards(adapters, TextLoss())
+    rows, others = examples(30, [[5, 7], [9, 4]]), examples(10, [[5, 7], [9, 4]], seed=3)
+    with torch.no_grad():
+        seen, unseen = forwards.observe(rows, others)
+        learner = fit(seen, TailLoss(forwards, seen), 1.0, directions=4)
+        for step in (0.5, 8.0):
+            put(adapters, learner, step)
+            (moved,) = forwards.observe(others)
+            places = [moved.examples.index(example) for example in unseen.examples]
+            assert places == list(range(len(others)))
+            expected = step * learner.at(unseen) @ learner.outputs
+            torch.testing.assert_close(moved.hidden - unseen.hidden, expected, rtol=1e-3, atol=1e-3 * step)
+
+
+def test_text_is_written_at_the_end_and_options_in_the_upper_half(tmp_path: Path, model_folder: Path) -> None:
+    def adapted(classification: bool) -> list[str]:
+        flags = {"recipe": "boost", "train_as_classification": classification, "use_cpu": True}
+        config = RunConfig(output_dir=str(tmp_path), model_name=str(model_folder), **flags)
+        adapters = attach_for(config, Base(build(ARCHITECTURES["llama"])), classification)
+        names = list(adapters.layers)
+        adapters.detach()
+        return names
+
+    assert adapted(classification=False) == ["model.layers.1.mlp.down_proj"]
+    assert len(adapted(classification=True)) == 4  # o_proj and down_proj, of which those of the upper half train

@@ -6,7 +6,7 @@ from .config import RunConfig
 from .data.batch import Batch, Example
 from .errors import DivergedError, XgbloraError
 from .learn.evaluate import evaluate, evaluate_stages
-from .learn.fitted.writers import residual_writers
+from .learn.fitted.writers import last_writers, residual_writers
 from .learn.losses import OptionLoss, TextLoss
 from .learn.predictor import Prediction, Predictor, predict
 from .learn.rewards import Reward, length_penalised, load_reward
@@ -36,6 +36,7 @@ __all__ = [
     "evaluate",
     "evaluate_stages",
     "get_task",
+    "last_writers",
     "length_penalised",
     "load_adapters",
     "load_model",

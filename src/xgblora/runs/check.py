@@ -21,7 +21,7 @@ from xgblora.learn.rewards import load_reward
 from xgblora.learn.schedule import resolve
 from xgblora.randomness import Stream, generator
 from xgblora.runs.arms import arm, idle_notes
-from xgblora.runs.folder import task_of
+from xgblora.runs.folder import classifies, task_of
 from xgblora.runs.memory import free, predict, predict_seconds
 from xgblora.runs.run import attach_for
 from xgblora.runs.workspace import hide_bars
@@ -90,7 +90,7 @@ def check(config: CheckConfig) -> bool:
         logger.info("Note: %s", note)
     sound = True
     for configured in arms.values():
-        adapters = attach_for(configured, base)
+        adapters = attach_for(configured, base, classifies(configured, task_of(configured)))
         logger.info("  rank (r): %d", adapters.rank)
         logger.info("  alpha: %g", adapters.scaling * adapters.rank)
         logger.info("  scaling (alpha/r): %s", adapters.scaling)

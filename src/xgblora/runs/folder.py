@@ -36,6 +36,11 @@ def task_of(config: RunConfig) -> Task | Chat:
     return load_task(config.task_file) if config.task_file else get_task(config.task_name)
 
 
+def classifies(config: RunConfig, task: Task | Chat) -> bool:
+    """Whether a run of a task scores options against each other; else it is trained as a language model."""
+    return task.classification if config.train_as_classification is None else config.train_as_classification
+
+
 def contents(config: RunConfig) -> dict[str, str]:
     """SHA-256 of each local file that decides, beside the settings, what a run computes: task, data, reward, text."""
     data = data_files(task_of(config), config.data_dir)

@@ -111,7 +111,7 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
 @quiet("xgblora")  # of steps that are thrown away nobody wants to hear
 def _timed(config: RunConfig, workspace: Workspace, rows: Sequence, steps: int) -> tuple[float, int]:  # type: ignore[type-arg]
     """Seconds of a step, and the examples that so many steps forward."""
-    adapters = attach_for(config, workspace.base)
+    adapters = attach_for(config, workspace.base, workspace.classification)
     try:
         with tempfile.TemporaryDirectory(prefix="xgblora-") as folder:
             settings: dict[str, Any] = {

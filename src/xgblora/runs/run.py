@@ -20,7 +20,7 @@ from xgblora.errors import XgbloraError, naming
 from xgblora.files import add_card, require_writable, verify, write_atomically
 from xgblora.learn.evaluate import Evaluation, right, score
 from xgblora.learn.fitted.tail import Tail
-from xgblora.learn.fitted.writers import require_writers, residual_writers
+from xgblora.learn.fitted.writers import last_writers, require_writers, residual_writers
 from xgblora.learn.readout import fit_readout
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
@@ -80,7 +80,8 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         prepare_folder(config, workspace.contents)
         scores, work = _untrained(config, workspace)
     else:
-        adapters = attach_for(config, workspace.base)  # first of all: it may refuse, and then nothing was written
+        # First of all: it may refuse, and then nothing was written.
+        adapters = attach_for(config, workspace.base, workspace.classification)
         try:
             ledger = Ledger(adapters)
             ledger.task, ledger.task_text = config.task_name, task_text(workspace.task)
@@ -150,8 +151,10 @@ def _method(config: RunConfig) -> str:
     return "calibrated" if config.calibrated else "zero-shot"
 
 
-def attach_for(config: RunConfig, base: Base) -> Adapters:
+def attach_for(config: RunConfig, base: Base, classification: bool) -> Adapters:
     """Log what a configuration means, and attach the adapters that it asks for.
+
+    ``classification``: as :func:`xgblora.runs.folder.classifies` says.
 
     Raises:
         XgbloraError: The base has no such layers, or the recipe cannot be trained on it.
@@ -161,13 +164,18 @@ def attach_for(config: RunConfig, base: Base) -> Adapters:
     for note in notes(config):
         logger.info("Note: %s", note)
     boosted = config.recipe == "boost"
-    # The upper half: what a prompt says is there (docs/experiments.md), and the lower half is computed only once.
-    count = config.xgblora_layers or (-(-len(base.layers) // 2) if boosted else 0)
+    count, targets = config.xgblora_layers, config.lora_target_modules
+    if boosted and not count:
+        # The upper half: what a prompt says is there (docs/experiments.md), and the lower half is computed only once.
+        count = -(-len(base.layers) // 2) if classification else 1
+    if boosted and not targets:
+        of_text = not (classification or config.xgblora_layers)
+        targets = last_writers(base) if of_text else residual_writers(base)
     adapters = attach(
         base,
         rank=config.rank,
         alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules or (residual_writers(base) if boosted else None),
+        target_modules=targets,
         seed=config.seed,
         xgblora=config.xgblora,
         layers=LayerSubset(count, config.layer_choice) if count else None,

@@ -20,7 +20,7 @@ from xgblora.learn.generation import Writer
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward, RewardFunction, load_reward
 from xgblora.randomness import Stream, generator
-from xgblora.runs.folder import contents, task_of
+from xgblora.runs.folder import classifies, contents, task_of
 from xgblora.tasks import begun, encode, load_splits, sample
 
 Scores = tuple[Evaluation, Evaluation | None]
@@ -54,9 +54,7 @@ class Workspace:
         """SHA-256 of the files that were read."""
         self.num_train = config.train_rows
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
-        self.classification = (
-            self.task.classification if config.train_as_classification is None else config.train_as_classification
-        )
+        self.classification = classifies(config, self.task)
         if self.classification and self.task.generation:
             raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
         function = _reward_function(config, writes=self.task.generation is not None)

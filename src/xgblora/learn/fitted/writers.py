@@ -57,6 +57,32 @@ def residual_writers(model: PreTrainedModel | Base) -> list[str]:
     return readable
 
 
+def last_writers(model: PreTrainedModel | Base) -> list[str]:
+    """Names of the layers that write MLPs to the residual stream in the last decoder layer: mostly one.
+
+    What they write passes no other layer. So a booster of theirs does what its fit said, however far it goes; one of a
+    lower layer, or of the attention before the MLP, changes what those behind it see. Text needs long steps
+    (docs/experiments.md, section 20).
+
+    Args:
+        model: Without adapters.
+
+    Returns:
+        As :func:`residual_writers`; its names, where there are no such layers.
+
+    Raises:
+        XgbloraError: As :func:`residual_writers`.
+
+    Example::
+
+        attach(model, xgblora=True, target_modules=last_writers(model))
+    """
+    base = Base.of(model)
+    last = list(base.layers)[-1]
+    names = [name for name, writer in base.writers.items() if writer.layer == last and not writer.mixes]
+    return readable_names(base, names) or residual_writers(base)
+
+
 def _short(base: Base, names: Sequence[str]) -> list[str]:
     """As few words of each name, from its end, as no other linear module ends with; in order."""
     asked = set(names)
