@@ -259,7 +259,7 @@ def _train_and_load(kind: str, folder: Path, rows: list[Example], flags: dict[st
 def _train(kind: str, folder: Path, flags: dict[str, Any], resume: str | None = None) -> Ledger:
     common = {"save_strategy": "steps", "disable_tqdm": True, "use_cpu": True, "zo_eps": 1e-2}
     config = RunConfig(output_dir=str(folder), **common | flags)
-    ledger = Ledger(attach_for(config, Base(tiny(kind))))
+    ledger = Ledger(attach_for(config, Base(tiny(kind)), classification=True))
     trainer = Trainer(ledger.adapters.model, config, ledger, examples(40), examples(8, seed=1))
     trainer.train(resume_from_checkpoint=resume)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, CTRLConfig, PreTrainedConfig
 
 from conftest import ARCHITECTURES, LogLines, build, examples, option_scores, train
 from xgblora import (
@@ -743,6 +743,12 @@ def test_the_last_writers_do_what_was_fitted_however_far_it_goes(name: str) -> N
             assert places == list(range(len(others)))
             expected = step * learner.at(unseen) @ learner.outputs
             torch.testing.assert_close(moved.hidden - unseen.hidden, expected, rtol=1e-3, atol=1e-3 * step)
+
+
+def test_without_decoder_layers_there_are_no_last_writers() -> None:
+    model = AutoModelForCausalLM.from_config(CTRLConfig(vocab_size=300, n_embd=32, dff=64, n_layer=2, n_head=4))
+    with pytest.raises(XgbloraError, match="--recipe boost finds no layer of CTRLLMHeadModel"):
+        last_writers(model.eval())
 
 
 def test_text_is_written_at_the_end_and_options_in_the_upper_half(tmp_path: Path, model_folder: Path) -> None:

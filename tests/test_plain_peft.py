@@ -68,10 +68,10 @@ def test_what_is_no_regular_expression_is_one_line() -> None:
 
 def test_boost_leaves_out_what_peft_would_lose() -> None:
     config = RunConfig(recipe="boost", use_cpu=True, xgblora_layers=2)
-    adapted = attach_for(config, Base(tiny("glm4_moe"))).layers
+    adapted = attach_for(config, Base(tiny("glm4_moe")), classification=True).layers
     assert {name.rpartition(".")[2] for name in adapted} == {"o_proj"}
     with pytest.raises(XgbloraError, match="where plain PEFT takes no adapters: use --recipe classic"):
-        attach_for(config, Base(tiny("mamba")))
+        attach_for(config, Base(tiny("mamba")), classification=True)
 
 
 def test_layers_that_text_does_not_reach_take_no_adapter() -> None:

@@ -78,7 +78,7 @@ def last_writers(model: PreTrainedModel | Base) -> list[str]:
         attach(model, xgblora=True, target_modules=last_writers(model))
     """
     base = Base.of(model)
-    last = list(base.layers)[-1]
+    last = next(reversed(base.layers), None)
     names = [name for name, writer in base.writers.items() if writer.layer == last and not writer.mixes]
     return readable_names(base, names) or residual_writers(base)
 
