@@ -158,7 +158,7 @@ def test_a_comparison_of_conversations_has_no_row_in_context(
 
 @pytest.mark.parametrize("how", ["regular", "zo", "boost"])
 def test_an_assistant_is_trained(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By gradients it learns to say what it should, and to stop there; one booster learns some; random steps run."""
+    """By gradients or by one booster it learns to say what it should, and to stop there; random steps run."""
     assistant(tmp_path)
     flags = "--num_train 32 --num_eval 8"
     if how == "boost":
@@ -169,7 +169,7 @@ def test_an_assistant_is_trained(how: str, tmp_path: Path, capsys: pytest.Captur
     metrics = train_by_command(tmp_path, tmp_path / "model", flags, MINE)
     assert metrics["zero_shot_score"] == 0
     assert metrics["accuracy"] == metrics["score"]
-    assert {"regular": metrics["score"] == 1, "boost": 0 < metrics["score"] < 1, "zo": metrics["score"] == 0}[how]
+    assert metrics["score"] == {"regular": 1, "boost": 1, "zo": 0}[how]
     capsys.readouterr()
     assert main(["tasks", str(tmp_path / "mine.yaml"), "--model_name", str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.count("'yes</s>'  correct") == 3
