@@ -22,8 +22,6 @@ _ATTENTION = "xgblora_packed"
 class _Group:
     """Rows that attend in one call: a single row as it lies, or several padded to one rectangle."""
 
-    start: int
-    """Where a single row begins in the packed row."""
     rows: int
     longest: int
     slot: Tensor
@@ -45,7 +43,7 @@ def _groups(batch: Batch, together: bool) -> list[_Group]:
     groups, start = [], 0
     lengths = torch.bincount(batch.slot // batch.longest, minlength=batch.rows).tolist()
     if batch.shared:
-        groups.append(_Group(0, 1, batch.shared, batch.slot[: batch.shared], None, None))
+        groups.append(_Group(1, batch.shared, batch.slot[: batch.shared], None, None))
         start = lengths.pop(0)
     calls = [(len(lengths), batch.longest, sum(lengths))] if together else [(1, length, length) for length in lengths]
     for rows, longest, count in calls:
@@ -53,7 +51,7 @@ def _groups(batch: Batch, together: bool) -> list[_Group]:
         slot = batch.slot[tokens] - batch.slot[start]
         masked = batch.forked or batch.shared
         tree, distance = _tree(batch, tokens, slot, rows, longest) if masked else (None, None)
-        groups.append(_Group(start, rows, longest, slot, tree, distance, batch.shared))
+        groups.append(_Group(rows, longest, slot, tree, distance, batch.shared))
         start += count
     return groups
 
