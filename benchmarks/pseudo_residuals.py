@@ -65,12 +65,12 @@ def measure(base: Base, train: list[Example], dev: list[Example]) -> list[dict[s
                 seen, held_out = forwards.observe(train, dev)
                 loss = TailLoss(forwards, seen)
                 before = predicted(forwards, held_out)
-                outputs = None
+                directions: int | Tensor = 1
                 if kind == DROPPED:
-                    outputs = fit(seen, loss, 1.0).outputs
-                    seen, held_out = (replace(o, hidden=without(o.hidden, outputs)) for o in (seen, held_out))
+                    directions = fit(seen, loss, 1.0).outputs
+                    seen, held_out = (replace(o, hidden=without(o.hidden, directions)) for o in (seen, held_out))
                 for ridge in RIDGES:
-                    learner = fit(seen, loss, ridge, outputs=outputs)
+                    learner = fit(seen, loss, ridge, directions)
                     after = predicted(forwards, held_out, learner.at(held_out) @ learner.outputs)
                     accuracy, value = score(after, label)
                     rows.append({"layers": f"{kind}, {where}", "ridge": ridge, "accuracy": accuracy, "loss": value})

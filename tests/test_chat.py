@@ -116,7 +116,7 @@ def test_models_and_lengths_that_cannot_chat(template: str | None, length: int, 
     ("line", "message"),
     [
         ("prompt: x\n", "a chat has no prompt: it may say name, chat"),
-        ("metric: macro_f1\n", "measured by accuracy or f1"),
+        ("metric: macro_f1\n", "measured by accuracy, f1 or rouge_l"),
         ("generate: {stop: x}\n", "generate of a chat says max_new_tokens"),
         ("num_dev: x\n", "num_dev is a whole number"),
         ("metric: bleu\n", "metric 'bleu' is not known"),

@@ -244,6 +244,14 @@ def test_metrics_of_a_task() -> None:
     assert score("macro_f1", rows, evaluation) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
+def test_metrics_of_written_answers() -> None:
+    rows = [Example([1], [[2]], 0, references=("the cat sat",)), Example([1], [[2]], 0, references=("a dog", "dog"))]
+    written = ["the cat was there", "big dog"]
+    evaluation = Evaluation(0.0, 1.0, [0, 0], written)
+    assert score("rouge_l", rows, evaluation) == pytest.approx((4 / 7 + 2 / 3) / 2)
+    assert score("f1", rows, evaluation) == pytest.approx((2 * (1 / 3 * 1 / 2) / (1 / 3 + 1 / 2) + 2 / 3) / 2)
+
+
 def test_any_correct_option_counts() -> None:
     rows = [Example([1], [[2], [3], [4]], 2, also_correct=(0,))] * 3
     assert accuracy(rows, [0, 1, 2]) == pytest.approx(2 / 3)

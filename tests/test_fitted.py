@@ -30,8 +30,9 @@ from xgblora.base.prefix import Prefix
 from xgblora.config import notes
 from xgblora.data.batch import build_batch
 from xgblora.learn.fitted.activations import Forwards
-from xgblora.learn.fitted.boost import BoostRecipe, boost, line_search, put, shortest_as_good
+from xgblora.learn.fitted.boost import BoostRecipe, boost, put
 from xgblora.learn.fitted.fit import fit
+from xgblora.learn.fitted.step_length import line_search, shortest_as_good
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.fitted.teacher import MINOR, teach
@@ -192,7 +193,7 @@ def test_a_teacher_says_what_its_fit_would(
             for part in (seen, unseen):
                 part.hidden.sub_((part.hidden @ outputs)[:, None] * outputs)
         if opinion == "drop":
-            learner = fit(seen, TailLoss(forwards, seen), 1.0, outputs=learner.outputs)
+            learner = fit(seen, TailLoss(forwards, seen), 1.0, learner.outputs)
         for part in (seen, unseen):
             moved = part.hidden + learner.at(part) @ learner.outputs
             batch = build_batch(part.examples, True)

@@ -113,6 +113,8 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "boost_follow_ridge": (RECIPE, "30.0"),
     "boost_temperature": (f"{RECIPE} --reward f1", "5.0"),
     "boost_opinion": (RECIPE, "drop"),
+    "boost_keep": (RECIPE, "FOLDER/mine.yaml"),
+    "boost_keep_weight": (f"{RECIPE} --boost_keep FOLDER/mine.yaml", "9"),
     "boost_search_share": (RECIPE, "0.5"),
     "zo_eps": (SHORT, "5e-2"),
     "zo_num_perturbations": (SHORT, "2"),

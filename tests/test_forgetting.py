@@ -78,6 +78,7 @@ def test_a_comparison_says_what_each_method_forgets(
     assert "forgot: rise of other text's loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--other_text", "--recipe boost --boost_keep"])
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -90,6 +91,7 @@ def test_a_comparison_says_what_each_method_forgets(
 def test_a_file_without_text_is_refused_in_a_line(
     content: bytes | None,
     says: str,
+    flag: str,
     tmp_path: Path,
     model_folder: Path,
     data_folder: Path,
@@ -98,8 +100,11 @@ def test_a_file_without_text_is_refused_in_a_line(
     file = tmp_path / "other.txt"
     if content is not None:
         file.write_bytes(content)
-    flags = f"--task_name SST2 --data_dir {data_folder} --max_steps 2 {SIZES} --other_text {file}"
-    assert says in refusal_by_command(tmp_path, model_folder, flags, capsys)
+    line = refusal_by_command(
+        tmp_path, model_folder, f"--task_name SST2 --data_dir {data_folder} {SIZES} {flag} {file}", capsys
+    )
+    assert says in line
+    assert flag.rsplit(maxsplit=1)[-1] in line
     assert not (tmp_path / "run").exists()
 
 

@@ -143,7 +143,11 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     "options are no list": (GOOD.replace("[good, bad]", "text"), "row 1: its options are no list, but 'a film'"),
     "labels of another length": (GOOD + "labels: [a]\n", "labels is a list with one entry for each option"),
     "label not among labels": (GOOD + "labels: [a, b]\n", "row 1: the answer '0' is not one of the labels 'a', 'b'"),
-    "unknown metric": (GOOD + "metric: bleu\n", "metric 'bleu' is not known: choose from accuracy, f1, macro_f1"),
+    "unknown metric": (
+        GOOD + "metric: bleu\n",
+        "metric 'bleu' is not known: choose from accuracy, f1, macro_f1, rouge_l",
+    ),
+    "rouge_l of options": (GOOD + "metric: rouge_l\n", "metric rouge_l is for written answers"),
     "f1 of three": (GOOD.replace("[good, bad]", "[a, b, c]") + "metric: f1\n", "f1 is for 2 options, mine has 3"),
     "macro_f1 of rows' own": (GOOD.replace("[good, bad]", "text") + "metric: macro_f1\n", "the same for all rows"),
     "classification is a number": (GOOD + "classification: 2\n", "classification is one of true, false, not '2'"),

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     """Positions that stand for others in a fit."""
     CURVATURE = 7
     """Words that show how a loss bends."""
+    KEPT = 8
+    """Texts on which a booster is to change little."""
 
 
 def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:

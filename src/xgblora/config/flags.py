@@ -45,6 +45,7 @@ UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a fold
 TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
 ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
 BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
+KEEPS = Applies(lambda c: c.boost_keep is not None, "without --boost_keep")
 XGBLORA = Applies(lambda c: c.xgblora, "without --xgblora")
 ADAPTIVE = Applies(lambda c: c.xgblora and c.xgblora_use_adaptive_merge, "without --xgblora_use_adaptive_merge")
 SUBSET = Applies(lambda c: c.xgblora_layers or c.recipe == "boost", "without --xgblora_layers")
@@ -235,10 +236,7 @@ class Flags(TrainingArguments):
     )
     boost_examples: int = flag(1024, "Recipe boost: training examples of a booster, at most.", at_least(3), BOOST)
     boost_teacher_examples: int = flag(
-        4096,
-        "Recipe boost: training examples that the teacher (what boosters follow) is fitted on, at most.",
-        at_least(3),
-        BOOST,
+        4096, "Recipe boost: training examples that the teacher of all boosters is fitted on.", at_least(3), BOOST
     )
     boost_ridge: float = flag(1.0, "Recipe boost: ridge penalty of its teacher; 0.3 to 10 is fine.", POSITIVE, BOOST)
     boost_follow_ridge: float = flag(0.03, "Recipe boost: ridge penalty of a booster's fit.", POSITIVE, BOOST)
@@ -254,6 +252,12 @@ class Flags(TrainingArguments):
         "(drop); auto: whichever has the lower loss on the examples that are set aside.",
         BOOST,
     )
+    boost_keep: str | None = flag(
+        None,
+        "Recipe boost: a file of other text, a text a line, of which boosters change as little as they can.",
+        BOOST,
+    )
+    boost_keep_weight: float = flag(1.0, "How much that text counts, beside the text to learn.", POSITIVE, BOOST, KEEPS)
     boost_search_share: float = flag(
         0.125,
         "Recipe boost: share of the examples that is never fitted and finds the step length of every booster.",

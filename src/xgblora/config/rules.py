@@ -80,8 +80,9 @@ def _contradictions(config: Any) -> Iterator[str]:
         yield f"--num_train_epochs must be a positive number, got {config.num_train_epochs}"
     if config.task_file is not None and not Path(config.task_file).is_file():
         yield f"the task file {config.task_file} does not exist"
-    if config.other_text is not None and not Path(config.other_text).is_file():
-        yield f"the file of --other_text, {config.other_text}, does not exist"
+    for flag in ("other_text", "boost_keep"):
+        if (file := getattr(config, flag)) is not None and not Path(file).is_file():
+            yield f"the file of --{flag}, {file}, does not exist"
     if config.objective == "reward":
         if config.reward is None:
             yield "--objective reward needs a --reward: accuracy, exact_match, f1, rouge_l or your own"

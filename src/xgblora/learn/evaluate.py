@@ -15,7 +15,7 @@ from xgblora.base import Base
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, shared_beginning, split_by_tokens
 from xgblora.errors import XgbloraError, within_memory
-from xgblora.learn.generation import exact_match_and_f1
+from xgblora.learn.generation import exact_match_and_f1, rouge_l
 from xgblora.learn.losses import AnswerLoss, OptionLoss
 from xgblora.progress import Progress
 from xgblora.tasks import Metric
@@ -272,6 +272,8 @@ def score(metric: Metric, examples: Sequence[Example], evaluation: Evaluation) -
     if metric == "accuracy":
         return evaluation.accuracy
     if evaluation.texts is not None:
+        if metric == "rouge_l":
+            return rouge_l(examples, evaluation.texts)
         return exact_match_and_f1(examples, evaluation.texts)[1]
     chosen, labels = torch.tensor(evaluation.predictions), torch.tensor([example.label for example in examples])
     if metric == "macro_f1":

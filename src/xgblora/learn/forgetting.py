@@ -1,4 +1,4 @@
-"""The loss of text that a model was not trained on: what it forgets shows there."""
+"""Text that a model is not trained on: its loss shows what is forgotten, and boosters can be kept off it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +23,9 @@ def read_texts(path: Path) -> list[str]:
         texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise XgbloraError(f"cannot read --other_text {path}: {reason}") from error
+        raise XgbloraError(f"cannot read {path}: {reason}") from error
     if not texts:
-        raise XgbloraError(f"--other_text {path} holds no text: a text a line is wanted")
+        raise XgbloraError(f"{path} holds no text: a text a line is wanted")
     return texts
 
 
@@ -38,7 +38,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) ->
     ids = [row[:max_length] for row in tokenizer(list(texts))["input_ids"]]
     rows = [Example(row[:-1], [row[-1:]], 0, score_prompt=True) for row in ids if len(row) > 1]
     if not rows:
-        raise XgbloraError("the lines of --other_text have one token each: nothing in them can be predicted")
+        raise XgbloraError("the lines have one token each: nothing in them can be predicted")
     return rows
 
 

@@ -107,6 +107,14 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
         yield order[start : start + BATCH]
 
 
+def rouge_l(examples: Sequence[Example], texts: Sequence[str]) -> float:
+    """Mean F-measure of the longest common subsequence of words with the nearest reference (ROUGE-L, Lin 2004)."""
+    from torchmetrics.functional.text import rouge_score  # slow to import
+
+    scores = rouge_score(list(texts), [list(example.references) for example in examples], rouge_keys="rougeL")
+    return float(scores["rougeL_fmeasure"])
+
+
 def exact_match_and_f1(examples: Sequence[Example], texts: Sequence[str]) -> tuple[float, float]:
     """Shares, in [0, 1], of answers that are right and of right words: SQuAD's two metrics, the best reference counts.
 

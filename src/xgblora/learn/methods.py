@@ -60,6 +60,14 @@ class Method(ABC):
         """Set aside what the method keeps for itself; returns the rows to make batches of."""
         return rows
 
+    def keep(self, texts: Sequence[Example]) -> None:
+        """Change as little of these texts as can be, which have all their tokens predicted (``score_prompt``).
+
+        Raises:
+            XgbloraError: The method cannot.
+        """
+        raise XgbloraError("only --recipe boost can keep off other text")
+
     @abstractmethod
     def step(self, batch: Batch, key: Key, share: float = 1.0) -> Step:
         """Learn from one batch, whose examples are the ``share`` of its step."""
@@ -127,6 +135,9 @@ class FittedMethod(Method):
 
     def split(self, rows: Sequence[Example]) -> Sequence[Example]:
         return self.recipe.split(rows)
+
+    def keep(self, texts: Sequence[Example]) -> None:
+        self.recipe.keep(texts)
 
     def step(self, batch: Batch, key: Key, share: float = 1.0) -> Step:
         self.recipe.note = self.note

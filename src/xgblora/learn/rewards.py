@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from xgblora.base import Base
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import XgbloraError
+from xgblora.learn import generation
 from xgblora.learn.generation import Writer, exact_match_and_f1
 from xgblora.learn.losses import Loss, OptionLoss
 
@@ -42,10 +43,7 @@ def f1(prompt: str, completion: str, example: Example) -> float:
 
 def rouge_l(prompt: str, completion: str, example: Example) -> float:
     """F-measure of the longest common subsequence of words with the nearest right answer (ROUGE-L, Lin 2004)."""
-    from torchmetrics.functional.text import rouge_score  # slow to import
-
-    scores = rouge_score(completion, [list(example.references)], rouge_keys="rougeL")
-    return float(scores["rougeL_fmeasure"])
+    return generation.rouge_l([example], [completion])
 
 
 READY: dict[str, RewardFunction] = {"accuracy": accuracy, "exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}

@@ -184,7 +184,10 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
     left = [configured for configured in runs if finished_result(configured) is None]
     begun = time.monotonic()
     for number, configured in enumerate(left):
-        workspace = workspace or Workspace(trained)
+        if workspace is None:
+            workspace = Workspace(trained)
+            for other in left:
+                workspace.kept(other)  # what it refuses, it refuses before any run
         ahead = ""
         if number:  # each as long as those before it, on average
             seconds = (time.monotonic() - begun) / number * (len(left) - number)

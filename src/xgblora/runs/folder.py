@@ -47,8 +47,7 @@ def contents(config: RunConfig) -> dict[str, str]:
     files = {f"the {split} data ({file.name})": file for split, file in data.items()}
     if config.task_file:
         files["--task_file"] = Path(config.task_file)
-    if config.other_text:
-        files["--other_text"] = Path(config.other_text)
+    files |= {f"--{flag}": Path(file) for flag in ("other_text", "boost_keep") if (file := getattr(config, flag))}
     if config.reward and (module := reward_file(config.reward)):
         files["--reward"] = module
     return {what: digest(file) for what, file in files.items() if file.is_file()}

@@ -77,7 +77,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
     set_seed(config.seed)
     work: dict[str, Any] = {}
     if config.trainer == "none":
-        prepare_folder(config, workspace.contents)
+        prepare_folder(config, workspace.contents(config))
         scores, work = _untrained(config, workspace)
     else:
         # First of all: it may refuse, and then nothing was written.
@@ -89,11 +89,12 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
                 _compare_beginnings(Path(config.init_adapter), workspace.task)
-            prepare_folder(config, workspace.contents)
+            kept = workspace.kept(config)
+            prepare_folder(config, workspace.contents(config))
             with adapters.first(0):
                 workspace.zero_shot(config)
                 workspace.zero_shot_other_loss(config)
-            work = _train(config, workspace, ledger, stop, checkpoint)
+            work = _train(config, workspace, ledger, kept, stop, checkpoint)
             scores = workspace.scores(config, "trained")
             work["other_text_loss"] = workspace.other_loss(config)
         finally:
@@ -209,7 +210,12 @@ def _checkpoint(config: RunConfig) -> Path | None:
 
 
 def _train(
-    config: RunConfig, workspace: Workspace, ledger: Ledger, stop: StopAtSignal, checkpoint: Path | None
+    config: RunConfig,
+    workspace: Workspace,
+    ledger: Ledger,
+    kept: Sequence[Example],
+    stop: StopAtSignal,
+    checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train, save the adapter, and say what it took."""
     folder = folder_of(config)
@@ -221,6 +227,8 @@ def _train(
         eval_dataset=workspace.dev,
         objective=workspace.reward or workspace.loss,
     )
+    if kept:
+        trainer.method.keep(kept)
     recorder = CurveRecorder(folder, ledger)
     trainer.add_callback(recorder)
     trainer.add_callback(stop)

@@ -13,7 +13,7 @@ from xgblora.base import Base
 from xgblora.base.load import load_configured
 from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
-from xgblora.errors import XgbloraError
+from xgblora.errors import XgbloraError, naming
 from xgblora.learn.evaluate import Evaluation, evaluate_together
 from xgblora.learn.forgetting import encode_texts, read_texts, token_loss
 from xgblora.learn.generation import Writer
@@ -50,15 +50,14 @@ class Workspace:
     def __init__(self, config: RunConfig) -> None:
         hide_bars(config)
         self.task = task_of(config)
-        self.contents = contents(config)
-        """SHA-256 of the files that were read."""
+        self._contents = contents(config)
         self.num_train = config.train_rows
         self.num_dev = self.task.num_dev if config.num_dev is None else config.num_dev
         self.classification = classifies(config, self.task)
         if self.classification and self.task.generation:
             raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
         function = _reward_function(config, writes=self.task.generation is not None)
-        texts = read_texts(Path(config.other_text)) if config.other_text else []
+        texts = {flag: _texts(config, flag) for flag in ("other_text", "boost_keep")}  # refused before a model is read
         splits = load_splits(self.task, config.data_dir)
         self._samples = sample(splits, self.num_train, self.num_dev, config.num_eval, config.train_set_seed)
         self.eval_split = self._samples.eval_split
@@ -79,10 +78,8 @@ class Workspace:
         self.train, self.dev, self.eval = (
             self._encode(rows) for rows in (self._samples.train, self._samples.dev, self._samples.eval)
         )
-        self.other = encode_texts(texts, self.tokenizer, self._length) if texts else []
+        self.other = self._encode_texts("other_text", texts["other_text"])
         """Other text, that nothing is trained on."""
-        if self.other:
-            self.base.require_known(self.other)
         self._zero_shot: Scores | None = None
         self._zero_shot_other: float | None = None
 
@@ -91,6 +88,20 @@ class Workspace:
         examples = encode(task, rows, self.tokenizer, length, scored, demonstrations=demonstrations)
         self.base.require_known(examples)
         return examples
+
+    def contents(self, config: RunConfig) -> dict[str, str]:
+        """SHA-256 of the files of a run, as they were when they were read here."""
+        return {what: self._contents.get(what, digest) for what, digest in contents(config).items()}
+
+    def kept(self, config: RunConfig) -> list[Example]:
+        """Text that boosters of a run are kept off; none where it has no ``--boost_keep``."""
+        return self._encode_texts("boost_keep", _texts(config, "boost_keep"))
+
+    def _encode_texts(self, flag: str, texts: Sequence[str]) -> list[Example]:
+        with naming(f"--{flag}"):
+            rows = encode_texts(texts, self.tokenizer, self._length) if texts else []
+        self.base.require_known(rows)
+        return rows
 
     def require_serves(self, config: RunConfig) -> None:
         """Raise :class:`XgbloraError` where a run wants other training rows than these."""
@@ -153,6 +164,13 @@ class Workspace:
         if self._zero_shot_other is None:
             self._zero_shot_other = self.other_loss(config)
         return self._zero_shot_other
+
+
+def _texts(config: RunConfig, flag: str) -> list[str]:
+    """What the file that a flag names holds; nothing where it names none."""
+    file: str | None = getattr(config, flag)
+    with naming(f"--{flag}"):
+        return read_texts(Path(file)) if file else []
 
 
 def _reward_function(config: RunConfig, writes: bool) -> RewardFunction | None:

@@ -36,7 +36,7 @@ class Chat:
         """Raise :class:`XgbloraError` for an expression that is none, or a metric of options."""
         _ = self._compiled
         if self.metric == "macro_f1":
-            raise XgbloraError("what an assistant writes is measured by accuracy or f1")
+            raise XgbloraError("what an assistant writes is measured by accuracy, f1 or rouge_l")
 
     @cached_property
     def columns(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from xgblora.tasks.templates import Compiled, columns_of, columns_of_expression,
 SPLITS = ("train", "validation", "test")
 """Names of data files in a ``--data_dir``, without their ending."""
 
-Metric = Literal["accuracy", "f1", "macro_f1"]
+Metric = Literal["accuracy", "f1", "macro_f1", "rouge_l"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Task:
     """Jinja template around each option."""
     metric: Metric = "accuracy"
     """What is reported beside accuracy. f1: of the last of two options, or of the words of written answers; macro_f1:
-    the mean over options."""
+    the mean over options; rouge_l: of the longest common subsequence of written answers' words."""
     classification: bool = True
     """Trains by default on the cross-entropy over options, else as a language model on the correct one."""
     num_dev: int = 500
@@ -106,9 +106,11 @@ class Task:
             if self.options or self.labels or self.classification or self.metric == "macro_f1":
                 raise XgbloraError(
                     f"{self.name} writes its answers: it has no options or labels, trains as a language model and is "
-                    "measured by accuracy or f1"
+                    "measured by accuracy, f1 or rouge_l"
                 )
             return
+        if self.metric == "rouge_l":
+            raise XgbloraError(f"metric rouge_l is for written answers: {self.name} has options")
         if isinstance(self.options, tuple) and len(self.options) < 2:
             raise XgbloraError(f"a question needs at least 2 options, got {len(self.options)}")
         if self.metric != "accuracy" and isinstance(self.options, str):

@@ -1,6 +1,7 @@
 """Forward passes that keep what a fit needs: what layers see, and what leaves the last one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import compress, islice
 
@@ -33,15 +34,11 @@ LANDMARKS = 2048
 
 
 @dataclass(frozen=True)
-class Observed:
+class Seen:
     """Activations where something is predicted: T of them, in the order of the batches' ``read``."""
 
     batches: list[Batch]
     """What was forwarded."""
-    kernel: Kernel
-    """Of the first positions, the landmarks, or of all."""
-    others: Tensor | None
-    """Coordinates of those behind them, (T - landmarks, landmarks) float32. Their inputs are not kept."""
     written: Tensor | None
     """(T, hidden) float32, what the layers that are only turned down write together, without their biases."""
     hidden: Tensor
@@ -51,6 +48,24 @@ class Observed:
     def examples(self) -> list[Example]:
         """What was forwarded, in the order of the batches."""
         return [example for batch in self.batches for example in batch.examples]
+
+
+@dataclass(frozen=True)
+class Beside(Seen):
+    """Of text that a fit looks at by the side."""
+
+    coordinates: Tensor
+    """(T, landmarks) float32, by the kernel of the fit."""
+
+
+@dataclass(frozen=True)
+class Observed(Seen):
+    """Of examples that something can be fitted to."""
+
+    kernel: Kernel
+    """Of the first positions, the landmarks, or of all."""
+    others: Tensor | None
+    """Coordinates of those behind them, (T - landmarks, landmarks) float32. Their inputs are not kept."""
 
     @property
     def inputs(self) -> Sequence[Tensor]:
@@ -79,6 +94,10 @@ class Forwards:
         self.loss = loss
         self.prefix = prefix
         self.tail = Tail(adapters.base)
+        self.kept: Sequence[Example] = ()
+        """Other text, of which boosters are to change as little as they can."""
+        self.keep_weight = 1.0
+        """How much a text of these counts, beside an example that a booster is fitted to."""
         self.tokens = 0
         self.note: Callable[[str], None] = no_note
         """Told what is being done."""
@@ -99,63 +118,57 @@ class Forwards:
         Layers count alike where options are fitted, else by the length of the residual stream that they write to: a
         norm lets a change through that is small beside that, and text takes changes along many directions.
         """
-        layers = [layer for layer, _, _ in self.adapters.slices]
-        down = turned_down(self.adapters)
-        fitted = list(compress(layers, (not only for only in down)))
-        writers = list(compress(layers, down))
         landmarks, others = _split(group)
-        of_groups = [
-            [batch.to(self.base.device) for batch in parts(examples, self.base.packed)]
-            for examples in (landmarks, others, *map(_by_length, held))
-        ]
+        of_groups = [self._batches(examples) for examples in (landmarks, others, *map(_by_length, held))]
+        of_landmarks, of_others, *of_held = of_groups
+        with closing(self._watched([batch for batches in of_groups for batch in batches])) as seen:
+            first = self._observed(of_landmarks, of_others, seen)
+            return [first, *(self._observed(batches, [], seen) for batches in of_held)]
+
+    def beside(self, texts: Sequence[Example], kernel: Kernel) -> Beside:
+        """One forward over texts that a fit with this kernel looks at by the side."""
+        batches, coordinates, kept = self._batches(_by_length(texts)), [], _Kept()
+        for observation in self._watched(batches):
+            coordinates.append(kernel.coordinates(observation.inputs))
+            kept.keep(observation)
+        return Beside(batches, *kept.together, torch.cat(coordinates))
+
+    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
+        return [batch.to(self.base.device) for batch in parts(examples, self.base.packed)]
+
+    def _watched(self, batches: Sequence[Batch]) -> Generator[Observation]:
+        """What each batch shows of the layers that are fitted, while it is told how far that is."""
+        layers, down = [layer for layer, _, _ in self.adapters.slices], turned_down(self.adapters)
+        fitted = list(compress(layers, (not only for only in down)))
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-            filled = (batch.filled() for batches in of_groups for batch in batches)
             with self.base.held():
-                biases = {writer.base_layer: bias(writer, self.base.dtype) for writer in writers}
-            seen = self.base.observe(filled, fitted, biases)
-            counted = self._counted(seen, [batch for batches in of_groups for batch in batches])
-            of_landmarks, of_others, *of_held = of_groups
-            first = self._observed(of_landmarks, of_others, counted, len(fitted))
-            return [first, *(self._observed(batches, [], counted, len(fitted)) for batches in of_held)]
+                biases = {writer.base_layer: bias(writer, self.base.dtype) for writer in compress(layers, down)}
+            seen = self.base.observe((batch.filled() for batch in batches), fitted, biases)
+            total = sum(len(batch.examples) for batch in batches)
+            self.tell(f"looking at {total:,} examples")
+            done = 0
+            for batch, observation in zip(batches, seen, strict=True):
+                self.tokens += batch.tokens
+                done += len(batch.examples)
+                self.tell(f"looked at {done:,} of {total:,} examples")
+                yield observation
 
-    def _counted(self, seen: Iterator[Observation], batches: Sequence[Batch]) -> Iterator[Observation]:
-        """The same, while it is told how many examples they are."""
-        total = sum(len(batch.examples) for batch in batches)
-        self.tell(f"looking at {total:,} examples")
-        done = 0
-        for batch, observation in zip(batches, seen, strict=True):
-            done += len(batch.examples)
-            self.tell(f"looked at {done:,} of {total:,} examples")
-            yield observation
-
-    def _observed(
-        self, landmarks: list[Batch], others: list[Batch], seen: Iterator[Observation], layers: int
-    ) -> Observed:
+    def _observed(self, landmarks: list[Batch], others: list[Batch], seen: Iterator[Observation]) -> Observed:
         """What the next observations say, which are those of these batches."""
-        inputs: list[list[Tensor]] = [[] for _ in range(layers)]
+        inputs: list[list[Tensor]] = []
         sizes: list[list[float]] = []
         coordinates: list[Tensor] = []
-        written: list[Tensor] = []
-        hidden: list[Tensor] = []
-
-        def keep(observation: Observation) -> None:
-            if observation.written is not None:
-                written.append(observation.written)
-            hidden.append(observation.last.float())
-
+        kept = _Kept()
         for observation in islice(seen, len(landmarks)):
-            for rows, x in zip(inputs, observation.inputs, strict=True):
-                rows.append(x)
+            inputs.append(observation.inputs)
             sizes.append(observation.sizes)
-            keep(observation)
-        kernel = Kernel([torch.cat(rows) for rows in inputs], self._weights(sizes))
+            kept.keep(observation)
+        kernel = Kernel([torch.cat(rows) for rows in zip(*inputs, strict=True)], self._weights(sizes))
         for observation in islice(seen, len(others)):
             coordinates.append(kernel.coordinates(observation.inputs))
-            keep(observation)
+            kept.keep(observation)
         batches = [*landmarks, *others]
-        self.tokens += sum(batch.tokens for batch in batches)
-        together = torch.cat(written) if written else None
-        return Observed(batches, kernel, torch.cat(coordinates) if others else None, together, torch.cat(hidden))
+        return Observed(batches, *kept.together, kernel, torch.cat(coordinates) if others else None)
 
     def _weights(self, sizes: Sequence[Sequence[float]]) -> list[float] | None:
         """How much each layer counts, with the lengths that batches saw around them. None: all alike."""
@@ -172,18 +185,36 @@ class Forwards:
             yield from zip(filled, self.loss.all_scores(self.base, filled, turn=turn), strict=True)
 
 
+class _Kept:
+    """What observations show of the residual stream, put together."""
+
+    def __init__(self) -> None:
+        self.written: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+
+    def keep(self, observation: Observation) -> None:
+        if observation.written is not None:
+            self.written.append(observation.written)
+        self.hidden.append(observation.last.float())
+
+    @property
+    def together(self) -> tuple[Tensor | None, Tensor]:
+        """As :class:`Seen` has them."""
+        return torch.cat(self.written) if self.written else None, torch.cat(self.hidden)
+
+
 def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Those of the first MOST_POSITIONS positions: the landmarks' and the others, each shortest first."""
-    chosen = _within(examples, MOST_POSITIONS)
+    chosen = within(examples, MOST_POSITIONS)
     if sum(map(_reads, chosen)) <= ALL_LANDMARKS:
         return _by_length(chosen), []
     order = torch.randperm(len(chosen), generator=generator(0, Stream.LANDMARKS)).tolist()
     shuffled = [chosen[place] for place in order]
-    landmarks = _within(shuffled, LANDMARKS)
+    landmarks = within(shuffled, LANDMARKS)
     return _by_length(landmarks), _by_length(shuffled[len(landmarks) :])
 
 
-def _within(examples: Sequence[Example], reads: int) -> Sequence[Example]:
+def within(examples: Sequence[Example], reads: int) -> Sequence[Example]:
     """The first examples that predict at most ``reads`` tokens together, at least one."""
     for count, example in enumerate(examples):
         reads -= _reads(example)

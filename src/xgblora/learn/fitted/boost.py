@@ -1,7 +1,7 @@
 """Recipe boost: each booster is fitted to what the model still gets wrong, its step length found by forward passes."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,10 @@ from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Forwards, Observed, parts
 from xgblora.learn.fitted.fit import Learner, fit
+from xgblora.learn.fitted.kept import look_beside
 from xgblora.learn.fitted.recipe import Fit, Recipe, Worth
 from xgblora.learn.fitted.rewarded import Rewards
+from xgblora.learn.fitted.step_length import likely_next, line_search, shortest_as_good
 from xgblora.learn.fitted.tail_loss import TailLoss, scored
 from xgblora.learn.fitted.teacher import Teacher, teach
 from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
@@ -78,6 +80,9 @@ class BoostRecipe(Recipe):
         self.searched = [rows[i] for i in order[:count]]
         self.fitted = [rows[i] for i in sorted(fitted)]
         return self.fitted
+
+    def keep(self, texts: Sequence[Example]) -> None:
+        self.forwards.kept, self.forwards.keep_weight = texts, self.config.boost_keep_weight
 
     def _directions(self, rows: Sequence[Example]) -> int:
         """How many directions a booster moves final hidden states along, which is the rank of its pair."""
@@ -204,7 +209,8 @@ def boost(
     labelled = TailLoss(forwards, seen)
     loss = labelled if teacher is None else TailLoss(forwards, seen, teacher.targets(seen.examples))
     with forwards.base.held():
-        learner = fit(seen, loss, ridge, adapters.rank, note=forwards.tell)
+        kept = look_beside(forwards, forwards.kept, seen) if forwards.kept else None
+        learner = fit(seen, loss, ridge, adapters.rank, note=forwards.tell, kept=kept)
     put(adapters, learner, 0.0)
     batches = list(parts(searched, forwards.base.packed))
     losses: dict[float, Tensor] = {}
@@ -234,8 +240,8 @@ def boost(
         if step not in losses:
             ahead = likely_next(step, start, asked) if forwards.base.reread else []
             measure([step, *(more for more in ahead if more not in losses)])
-        asked[step] = losses[step]
-        return losses[step].mean().item()
+        asked[step] = losses[step] + step**2 * learner.kept
+        return asked[step].mean().item()
 
     best = line_search(loss_at, start)
     chosen = shortest_as_good(asked, best) if teacher is None else best  # a teacher's words carry no chance
@@ -246,79 +252,11 @@ def boost(
         after=losses[chosen].mean().item(),
         step_length=chosen,
         cost=Cost(
-            looking + len(losses),
-            looking * len(seen.examples) + len(searched) * len(losses),
+            looking + len(losses) + (kept is not None),
+            looking * len(seen.examples) + len(searched) * len(losses) + (len(kept.seen.examples) if kept else 0),
             forwards.tokens - tokens,
         ),
     )
-
-
-def line_search(loss_at: Callable[[float], float], start: float, most: int = 8) -> float:
-    """Search for the step with the lowest loss: from ``start`` by doubling or halving, then by a parabola.
-
-    Args:
-        loss_at: Called for 0 and at most ``most`` other steps.
-        start: Tried first.
-        most: Steps that are tried.
-
-    Returns:
-        The best of the steps tried; 0 where none is better than no step.
-
-    Example:
-        >>> line_search(lambda step: (step - 4) ** 2, start=1.0)
-        4.0
-    """
-    tried = {0.0: loss_at(0.0), start: loss_at(start)}
-    best = start
-    if tried[start] < tried[0.0]:
-        while len(tried) < most and best == max(tried):
-            tried[2 * best] = loss_at(2 * best)
-            best = min(tried, key=tried.__getitem__)
-    while len(tried) < most and (best == 0.0 or best == sorted(tried)[1]):
-        smaller = sorted(tried)[1] / 2
-        tried[smaller] = loss_at(smaller)
-        best = min(tried, key=tried.__getitem__)
-    if best > 0 and 2 * best in tried and best / 2 in tried:
-        left, middle, right = (tried[step] for step in (best / 2, best, 2 * best))
-        bend = left - 2 * middle + right
-        if bend > 0:
-            vertex = best * 2 ** ((left - right) / (2 * bend))
-            tried[vertex] = loss_at(vertex)
-    return min(tried, key=tried.__getitem__)
-
-
-def likely_next(step: float, start: float, tried: Collection[float]) -> list[float]:
-    """Steps that :func:`line_search` will most likely ask for after ``step``.
-
-    Where every forward reads the model again, they are measured in the same one.
-
-    Example:
-        >>> likely_next(0.0, 1.0, []), likely_next(4.0, 1.0, [0.0, 1.0, 2.0])
-        ([1.0, 2.0, 0.5], [8.0])
-    """
-    if step == 0:
-        return [start, 2 * start, start / 2]
-    lengths = [length for length in tried if length]
-    if step == 2 * max(lengths, default=0):
-        return [2 * step]
-    return [step / 2] if 2 * step == min(lengths, default=0) else []
-
-
-def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:
-    """The shortest step above 0 whose loss is within a standard error of the best step's, paired by example.
-
-    The one-standard-error rule (Breiman et al. 1984, "Classification and regression trees"): with few examples the
-    lowest mean is mostly a lucky one, and what a step leaves undone is the next booster's. 0 stays 0.
-
-    Args:
-        losses: (examples,) for each step tried.
-        best: The step with the lowest mean.
-    """
-    for step in sorted(losses):
-        more = losses[step] - losses[best]
-        if 0 < step <= best and more.mean() <= more.std(correction=0) / len(more) ** 0.5:
-            return step
-    return best
 
 
 def put(adapters: Adapters, learner: Learner, step: float) -> None:

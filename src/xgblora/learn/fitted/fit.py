@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from xgblora.learn.fitted.activations import Observed
+from xgblora.learn.fitted.kept import Kept
 from xgblora.learn.fitted.kernel import ridge_regression
-from xgblora.learn.fitted.newton import Penalised, lowest
+from xgblora.learn.fitted.newton import Change, Penalised, lowest
 from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.randomness import Stream, generator
@@ -26,6 +27,8 @@ class Learner:
     """gamma, (directions,), of what the layers that are turned down write along u."""
     change: Tensor
     """f, (T, directions), of the examples it was fitted to."""
+    kept: float = 0.0
+    """What a step of 1 costs in other text, for each of these examples; that of other steps grows with their square."""
 
     def at(self, seen: Observed) -> Tensor:
         """f (T, directions) of other examples."""
@@ -37,10 +40,10 @@ def fit(
     seen: Observed,
     loss: TailLoss,
     ridge: float,
-    directions: int = 1,
-    outputs: Tensor | None = None,
+    directions: int | Tensor = 1,
     least: float = 0.0,
     note: Callable[[str], None] = no_note,
+    kept: Kept | None = None,
 ) -> Learner:
     """Fit the learner that lowers the loss of final hidden states h_t + sum_r f_tr u_r most, f_tr = sum_m a_mr . x_t^m.
 
@@ -54,10 +57,10 @@ def fit(
         seen: Inputs x and final hidden states h of the examples.
         loss: As a function of h.
         ridge: Penalty, without units.
-        directions: How many u, at most.
-        outputs: Take these, (directions, hidden), instead.
+        directions: How many u, at most; or which, (directions, hidden).
         least: Leave out those that explain a smaller share of all that inputs explain.
         note: Told how far it has come.
+        kept: Text that is to change as little as it can.
     """
     kernel = seen.kernel
     if kernel.variance == 0:  # all examples look alike to these layers
@@ -67,16 +70,21 @@ def fit(
     penalty = ridge * kernel.variance
     coordinates = seen.coordinates
     loss.expand(seen.hidden)
-    if outputs is None:
+    if isinstance(directions, Tensor):
+        outputs = directions
+    else:
         outputs = _explaining(coordinates, penalty, -loss.gradient(seen.hidden), directions, least)
     draw = generator(0, Stream.CURVATURE)
     bend = loss.bend(seen.hidden, outputs, draw, undecided=True)
     weight = penalty * bend.curvature.clamp(min=torch.finfo(torch.float32).tiny)
     opinion = seen.hidden.new_zeros(len(coordinates), 1) if seen.written is None else seen.written @ outputs.T
     unit = coordinates.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # like the others together
-    cost = Penalised(loss, seen.hidden, outputs, coordinates, opinion, unit, weight)
-    b, change = lowest(cost, bend.losses.double().sum().item(), draw, note)
-    return Learner(outputs, kernel.function(b[:-1]), unit * b[-1], change)
+    beside = None if kept is None else kept.cost(outputs, unit, draw)
+    cost = Penalised(loss, seen.hidden, outputs, Change(coordinates, opinion, unit), weight, beside)
+    b = lowest(cost, bend.losses.double().sum().item(), draw, note)
+    return Learner(
+        outputs, kernel.function(b[:-1]), unit * b[-1], cost.change.at(b), cost.keeping(b) / len(bend.losses)
+    )
 
 
 def _explaining(coordinates: Tensor, penalty: float, residual: Tensor, most: int, least: float) -> Tensor:

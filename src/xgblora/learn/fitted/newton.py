@@ -26,10 +26,40 @@ LEFT = 0.03
 
 
 @dataclass(frozen=True)
-class Penalised:
-    """The loss of h + f u and a ridge penalty, as a function of b, (m + 1, directions).
+class Change:
+    """f at some positions, as a function of b, (m + 1, directions).
 
-    f = coordinates . b, less a share of the opinion: b's last row, in units of its own and free of penalty.
+    f = coordinates . b, less a share of the opinion: b's last row, in units of its own.
+    """
+
+    coordinates: Tensor
+    """(T, m)."""
+    opinion: Tensor
+    """What may be taken away, (T, directions)."""
+    unit: Tensor
+    """Of the last row."""
+
+    def at(self, b: Tensor) -> Tensor:
+        """f, (T, directions)."""
+        return self.coordinates @ b[:-1] - self.unit * self.opinion * b[-1]
+
+    def slope(self, along: Tensor) -> Tensor:
+        """Of b, from slopes (T, directions) of f."""
+        # Of a few columns this product is several times as fast as coordinates.T @ along.
+        return torch.cat([(along.T @ self.coordinates).T, -self.unit * (self.opinion * along).sum(0, keepdim=True)])
+
+    def steepness(self, factors: Tensor) -> Tensor:
+        """About the diagonal (m + 1, directions) of b's second derivative, from :attr:`Bend.factors`."""
+        rows = torch.linalg.vector_norm(self.coordinates, dim=0)
+        lengths = torch.cat([rows, self.unit.view(1) * self.opinion.norm()])[:, None].square()
+        return lengths * factors.square().sum(1).mean(0)
+
+
+@dataclass(frozen=True)
+class Penalised:
+    """The loss of h + f u and its penalties, as a function of b, (m + 1, directions).
+
+    The ridge penalty leaves b's last row free.
     """
 
     loss: TailLoss
@@ -37,45 +67,44 @@ class Penalised:
     """h, (T, hidden)."""
     outputs: Tensor
     """u, (directions, hidden)."""
-    coordinates: Tensor
-    """(T, m)."""
-    opinion: Tensor
-    """What may be taken away, (T, directions)."""
-    unit: Tensor
-    """Of the last row."""
+    change: Change
+    """f, of these positions."""
     weight: Tensor
-    """Of the penalty along each direction, (directions,)."""
-
-    def change(self, b: Tensor) -> Tensor:
-        """f, (T, directions)."""
-        return self.coordinates @ b[:-1] - self.unit * self.opinion * b[-1]
+    """Of the ridge penalty along each direction, (directions,)."""
+    kept: tuple[Change, Bend] | None = None
+    """f where it is to be small, and what it costs there to second order."""
 
     def moved(self, b: Tensor) -> Tensor:
         """h + f u, (T, hidden)."""
-        return self.hidden + self.change(b) @ self.outputs
-
-    def slope(self, along: Tensor) -> Tensor:
-        """Of b, from slopes (T, directions) of f."""
-        # Of a few columns this product is several times as fast as coordinates.T @ along.
-        return torch.cat([(along.T @ self.coordinates).T, -self.unit * (self.opinion * along).sum(0, keepdim=True)])
+        return self.hidden + self.change.at(b) @ self.outputs
 
     def penalised(self, b: Tensor) -> Tensor:
-        """The penalty's slope."""
-        return torch.cat([self.weight * b[:-1], torch.zeros_like(b[-1:])])
+        """The penalties' slope, which is linear in b."""
+        return torch.cat([self.weight * b[:-1], torch.zeros_like(b[-1:])]) + self._moving(b)
+
+    def _moving(self, b: Tensor) -> Tensor:
+        """The slope of what it costs to change other text."""
+        if self.kept is None:
+            return torch.zeros_like(b)
+        change, bend = self.kept
+        return change.slope(bend.curved(change.at(b)))
+
+    def keeping(self, b: Tensor) -> float:
+        """What it costs to change other text."""
+        return 0.5 * (b.double() * self._moving(b)).sum().item()
 
     def cost(self, b: Tensor, losses: Tensor) -> float:
         """What is to be low, where the examples have these losses."""
         return losses.double().sum().item() + 0.5 * (b.double() * self.penalised(b)).sum().item()
 
-    def lengths(self) -> Tensor:
-        """Squared lengths (m + 1, 1) of what b's rows multiply."""
-        rows = torch.linalg.vector_norm(self.coordinates, dim=0)
-        return torch.cat([rows, self.unit.view(1) * self.opinion.norm()])[:, None].square()
+    def steepness(self, b: Tensor, bend: Bend) -> Tensor:
+        """About the diagonal of its second derivative, in the shape of ``b``."""
+        ridge = torch.cat([self.weight.expand_as(b[:-1]), torch.zeros_like(b[-1:])])
+        steepness = self.change.steepness(bend.factors) + ridge
+        return steepness if self.kept is None else steepness + self.kept[0].steepness(self.kept[1].factors)
 
 
-def lowest(
-    cost: Penalised, before: float, draw: torch.Generator, note: Callable[[str], None] = no_note
-) -> tuple[Tensor, Tensor]:
+def lowest(cost: Penalised, before: float, draw: torch.Generator, note: Callable[[str], None] = no_note) -> Tensor:
     """Where it is lowest, from b = 0 on.
 
     Where the loss asks for words out of the whole vocabulary, steps go by a part of it, which is taken again where they
@@ -88,10 +117,10 @@ def lowest(
         note: Told how far it has come.
 
     Returns:
-        b and f there.
+        b there.
     """
-    loss, lengths = cost.loss, cost.lengths()
-    b = lengths.new_zeros(len(lengths), len(cost.outputs))
+    loss, coordinates = cost.loss, cost.change.coordinates
+    b = coordinates.new_zeros(coordinates.shape[1] + 1, len(cost.outputs))
     here = before
     best = here, b  # by the whole vocabulary
     enough = ENOUGH * here
@@ -100,10 +129,9 @@ def lowest(
         note(f"fitting, Newton step {number}, loss {bend.losses.mean():.4f}")
 
         def curved(p: Tensor, bend: Bend = bend) -> Tensor:
-            return cost.slope(bend.curved(cost.change(p))) + cost.penalised(p)
+            return cost.change.slope(bend.curved(cost.change.at(p))) + cost.penalised(p)
 
-        steepness = lengths * bend.factors.square().sum(1).mean(0) + cost.penalised(torch.ones_like(b))
-        step = conjugate_gradient(curved, -cost.slope(bend.slopes) - cost.penalised(b), steepness)
+        step = conjugate_gradient(curved, -cost.change.slope(bend.slopes) - cost.penalised(b), cost.steepness(b, bend))
         length, start = 1.0, here
         while length >= SHORTEST:
             near = b + length * step
@@ -126,7 +154,7 @@ def lowest(
         if cost.cost(b, loss(cost.moved(b))) < best[0]:
             best = here, b
     loss.expand(None)
-    return best[1], cost.change(best[1])
+    return best[1]
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor:

@@ -42,5 +42,9 @@ class Recipe(ABC):
         """Set rows aside that no booster is fitted on; returns the others."""
 
     @abstractmethod
+    def keep(self, texts: Sequence[Example]) -> None:
+        """Change as little of these texts as can be, which have all their tokens predicted."""
+
+    @abstractmethod
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
         """Fit the pair in training to the examples, in place; ``start`` is the step length that is tried first."""

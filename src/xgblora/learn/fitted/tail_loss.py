@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xgblora.data.batch import Batch, Example, build_batch
-from xgblora.learn.fitted.activations import Forwards, Observed
+from xgblora.learn.fitted.activations import Forwards, Seen
 from xgblora.learn.fitted.short_head import LIKELIEST, ShortHead, listed
 from xgblora.learn.losses import AnswerLoss, divergences, option_means, token_scores
 
@@ -62,11 +62,14 @@ class TailLoss:
         forwards: Whose tail and loss are taken.
         seen: What was observed.
         targets: Probabilities (examples, options) to come close to, in place of the examples' labels.
+        loss: In place of that of ``forwards``.
     """
 
-    def __init__(self, forwards: Forwards, seen: Observed, targets: Tensor | None = None) -> None:
+    def __init__(
+        self, forwards: Forwards, seen: Seen, targets: Tensor | None = None, loss: AnswerLoss | None = None
+    ) -> None:
         self.tail = forwards.tail
-        self.loss = forwards.loss
+        self.loss = loss or forwards.loss
         batches = list(self._grouped(seen))
         self.parts: list[tuple[Batch, slice]] = []
         self.heads: list[ShortHead | None] = [None] * len(batches)
@@ -80,7 +83,7 @@ class TailLoss:
             split = targets.split([batch.segments for batch in batches])
             self.targets = [rows[:, : batch.max_options] for rows, batch in zip(split, batches, strict=True)]
 
-    def _grouped(self, seen: Observed) -> Iterator[Batch]:
+    def _grouped(self, seen: Seen) -> Iterator[Batch]:
         """What was forwarded in fewer batches: few words of the head are asked for, so one call may score many."""
         packed, device = seen.batches[0].packed, seen.hidden.device
         single = not self.loss.normalised and all(batch.single_token for batch in seen.batches)

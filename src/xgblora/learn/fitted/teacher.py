@@ -109,7 +109,7 @@ def teach(
             fitted, new = seen, unseen
             if outputs is not None:  # the directions are those with its opinion
                 fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-            learner = fit(fitted, loss, ridge, directions, outputs, MINOR, forwards.tell)
+            learner = fit(fitted, loss, ridge, directions if outputs is None else outputs, MINOR, forwards.tell)
             outputs = learner.outputs
             moved = new.hidden + learner.at(new) @ outputs
             probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
