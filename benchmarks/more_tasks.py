@@ -45,14 +45,14 @@ def _imdb() -> Mapping[str, Dataset]:
     return hold_out(reviews("imdb").map(lambda row: {"text": " ".join(row["text"].split()[:WORDS])}), 2000)
 
 
-def _listed() -> list[Message]:
+def listed() -> list[Message]:
     """All packages, by name."""
     listing = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, check=True, encoding="utf-8").stdout
     packages = [message_from_string(block) for block in listing.split("\n\n")]
     return sorted(packages, key=lambda package: package["Package"] or "")
 
 
-def _source(package: Message) -> str:
+def source_of(package: Message) -> str:
     """Name of the source that it is built from."""
     return (package["Source"] or package["Package"] or "").split(" ")[0]
 
@@ -61,9 +61,9 @@ def _packages() -> list[dict[str, Any]]:
     """Name, description and section (its number) of packages, section by section in a fixed random order."""
     sources, texts = set(), set()
     rows: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
-    for package in _listed():
+    for package in listed():
         section, text = package["Section"], package["Description"]
-        source = _source(package)
+        source = source_of(package)
         if section in rows and text and source not in sources and text not in texts:
             sources.add(source)
             texts.add(text)
@@ -101,8 +101,8 @@ def _related(package: Message, field: str) -> list[str]:
 
 def _depends() -> Mapping[str, Dataset]:
     sources, rows = set(), []
-    for package in _listed():
-        source = _source(package)
+    for package in listed():
+        source = source_of(package)
         needed, suggested = (_related(package, field) for field in ("Depends", "Suggests"))
         suggested = [name for name in suggested if name not in needed]
         if source not in sources and 2 <= len(needed) <= 6 and 1 <= len(suggested) <= 6 and package["Description"]:
@@ -130,12 +130,21 @@ def _translations() -> list[Message]:
     return [message_from_string(block) for text in texts for block in text.stdout.split("\n\n") if block.strip()]
 
 
+def translated() -> list[tuple[str, str, str]]:
+    """Of each package its name, the line that sums it up, and the text that is summed up; some are there twice."""
+    texts = []
+    for package in sorted(_translations(), key=lambda package: package["Package"] or ""):
+        synopsis, *lines = (package["Description-en"] or "").split("\n")
+        whole = " ".join("" if line.strip() == "." else line for line in lines)
+        texts.append((package["Package"] or "", synopsis, whole))
+    return texts
+
+
 def _synopses() -> Mapping[str, Dataset]:
     rows: dict[str, str] = {}  # text by synopsis
     texts = set()
-    for package in sorted(_translations(), key=lambda package: package["Package"] or ""):
-        synopsis, *lines = (package["Description-en"] or "").split("\n")
-        words = " ".join("" if line.strip() == "." else line for line in lines).split()
+    for _, synopsis, whole in translated():
+        words = whole.split()
         text = " ".join(words[:WRITTEN_ABOUT])
         if len(words) >= WRITTEN_ABOUT // 3 and text not in texts and synopsis not in rows:
             rows[synopsis] = text
@@ -147,9 +156,9 @@ def _synopses() -> Mapping[str, Dataset]:
 
 def _fields() -> Mapping[str, Dataset]:
     sources, rows = set(), []
-    for package in _listed():
-        if _source(package) not in sources and all(package[field] for field in ASKED):
-            sources.add(_source(package))
+    for package in listed():
+        if source_of(package) not in sources and all(package[field] for field in ASKED):
+            sources.add(source_of(package))
             rows.append({field: " ".join(package[field].split())[:200] for field in ("Package", *ASKED)})
     order = torch.randperm(len(rows), generator=generator(0, Stream.SPLIT, len(SECTIONS) + 3)).tolist()[:MOST_WRITTEN]
     kept = []

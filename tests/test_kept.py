@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ARCHITECTURES, build, examples, refusal_by_command, train_by_command
-from xgblora import Example, OptionLoss, RunConfig, TextLoss, Trainer, XgbloraError, attach
+from conftest import ARCHITECTURES, build, byte_tokenizer, examples, refusal_by_command, train_by_command
+from xgblora import Base, Example, OptionLoss, RunConfig, TextLoss, Trainer, XgbloraError, attach
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.boosters import Ledger
 from xgblora.cli import main
 from xgblora.learn.fitted.activations import Forwards
 from xgblora.learn.fitted.boost import boost
 from xgblora.learn.fitted.kept import look_beside
+from xgblora.learn.forgetting import OWN_TEXTS, OWN_WORDS, own_texts
 from xgblora.learn.losses import AnswerLoss
 
 SIZES = "--num_train 64 --num_dev 8 --num_eval 12"
@@ -101,6 +102,54 @@ def test_only_the_recipe_keeps_off_text(tmp_path: Path) -> None:
     trainer = Trainer(model, config, attach(model), examples(8))
     with pytest.raises(XgbloraError, match="only --recipe boost can keep off other text"):
         trainer.method.keep(texts(2, 0))
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_model_writes_texts_by_itself(name: str) -> None:
+    """As many as asked for, each ended by the end of a text or by its length; the same ones for the same seed."""
+    base, tokenizer = Base.of(build(ARCHITECTURES[name])), byte_tokenizer()
+    rows, again, others = (own_texts(base, tokenizer, seed) for seed in (0, 0, 1))
+    assert rows == again != others
+    assert len(rows) == OWN_TEXTS
+    for row in rows:
+        words = [*row.prompt, *row.options[0]]
+        assert row.score_prompt
+        assert row.prompt[0] not in tokenizer.all_special_ids
+        assert len(words) == min(OWN_WORDS + 1, base.context_length or 0) or words[-1] == base.model.config.eos_token_id
+    firsts = {row.prompt[0] for row in rows}
+    assert len(firsts) > OWN_TEXTS // 4
+
+
+def test_random_numbers_of_others_stay_what_they_were() -> None:
+    base, draws = Base.of(build(ARCHITECTURES["llama"])), []
+    for write in (True, False):
+        torch.manual_seed(3)
+        if write:
+            own_texts(base, byte_tokenizer(), 0)
+        draws.append(torch.rand(3))
+    assert draws[0].equal(draws[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "keeps"),
+    [
+        ("--recipe boost --train_as_classification false", "own"),
+        ("--recipe boost --train_as_classification false --boost_keep none", "none"),
+        ("--recipe boost", "none"),
+        ("--recipe boost --boost_keep own", "own"),
+        ("--max_steps 2 --train_as_classification false", "none"),
+    ],
+)
+def test_boosters_of_text_are_kept_off_what_the_model_writes(
+    flags: str, keeps: str, tmp_path: Path, model_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record says what it came to; the same command finds the run complete."""
+    flags += f" --task_name SST2 --data_dir {data_folder} {SIZES}"
+    metrics = train_by_command(tmp_path, model_folder, flags)
+    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["boost_keep"] == keeps
+    assert ("Text to change little: own" in capsys.readouterr().out) is (keeps == "own")
+    assert train_by_command(tmp_path, model_folder, flags) == metrics
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_the_file_is_used_alone_and_in_a_comparison(

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     """Words that show how a loss bends."""
     KEPT = 8
     """Texts on which a booster is to change little."""
+    OWN_TEXT = 9
+    """What a model writes by itself."""
 
 
 def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:

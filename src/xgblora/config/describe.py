@@ -72,7 +72,7 @@ def banner(config: Any) -> list[str]:
             f"  Share of examples for the step length: {config.boost_search_share:g}   shrinkage: "
             f"{config.xgblora_shrinkage:g}",
         ]
-        if config.boost_keep is not None:
+        if config.boost_keep not in (None, "none"):
             lines.append(f"  Text to change little: {config.boost_keep}   weight: {config.boost_keep_weight:g}")
     return [rule, *lines, rule]
 

@@ -45,7 +45,7 @@ UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a fold
 TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
 ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
 BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
-KEEPS = Applies(lambda c: c.boost_keep is not None, "without --boost_keep")
+KEEPS = Applies(lambda c: c.boost_keep != "none", "with --boost_keep none")
 XGBLORA = Applies(lambda c: c.xgblora, "without --xgblora")
 ADAPTIVE = Applies(lambda c: c.xgblora and c.xgblora_use_adaptive_merge, "without --xgblora_use_adaptive_merge")
 SUBSET = Applies(lambda c: c.xgblora_layers or c.recipe == "boost", "without --xgblora_layers")
@@ -254,7 +254,8 @@ class Flags(TrainingArguments):
     )
     boost_keep: str | None = flag(
         None,
-        "Recipe boost: a file of other text, a text a line, of which boosters change as little as they can.",
+        "Recipe boost: text that boosters change as little as they can. none; own: what the model writes by itself; or "
+        "a file, a text a line. Default: own where the language-model loss is trained, else none.",
         BOOST,
     )
     boost_keep_weight: float = flag(1.0, "How much that text counts, beside the text to learn.", POSITIVE, BOOST, KEEPS)

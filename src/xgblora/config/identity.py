@@ -9,7 +9,7 @@ from xgblora.config.flag import default_of
 from xgblora.config.flags import FLAGS, Flags
 from xgblora.config.run_config import RunConfig
 
-LEFT_TO_THE_TASK = ("train_as_classification", "num_dev")
+LEFT_TO_THE_TASK = ("train_as_classification", "num_dev", "boost_keep")
 """Settings that are None until the run has read its task."""
 
 

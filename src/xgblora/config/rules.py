@@ -80,8 +80,8 @@ def _contradictions(config: Any) -> Iterator[str]:
         yield f"--num_train_epochs must be a positive number, got {config.num_train_epochs}"
     if config.task_file is not None and not Path(config.task_file).is_file():
         yield f"the task file {config.task_file} does not exist"
-    for flag in ("other_text", "boost_keep"):
-        if (file := getattr(config, flag)) is not None and not Path(file).is_file():
+    for flag, file in (("other_text", config.other_text), ("boost_keep", config.keep_file)):
+        if file is not None and not Path(file).is_file():
             yield f"the file of --{flag}, {file}, does not exist"
     if config.objective == "reward":
         if config.reward is None:

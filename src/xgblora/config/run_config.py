@@ -183,6 +183,11 @@ class RunConfig(Flags):
         return self.prompt_beginning
 
     @property
+    def keep_file(self) -> Path | None:
+        """The file of ``--boost_keep``, where it names one."""
+        return None if self.boost_keep in (None, "none", "own") else Path(self.boost_keep)
+
+    @property
     def fits_boosters(self) -> bool:
         """Whether recipe boost is what runs."""
         return self.recipe == "boost"

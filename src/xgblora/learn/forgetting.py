@@ -10,7 +10,14 @@ from xgblora.base import Base
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import by_tokens
+from xgblora.learn.generation import BATCH, Writer
 from xgblora.learn.losses import TextLoss
+from xgblora.progress import Progress
+from xgblora.randomness import Stream, generator
+from xgblora.tasks import Generation
+
+OWN_TEXTS, OWN_WORDS = 64, 64
+"""How many texts a model writes by itself, and of how many words each at most."""
 
 
 def read_texts(path: Path) -> list[str]:
@@ -39,6 +46,35 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) ->
     rows = [Example(row[:-1], [row[-1:]], 0, score_prompt=True) for row in ids if len(row) > 1]
     if not rows:
         raise XgbloraError("the lines have one token each: nothing in them can be predicted")
+    return rows
+
+
+def own_texts(base: Base, tokenizer: Tokenizer, seed: int, progress: str | None = None) -> list[Example]:
+    """Texts that a model writes by itself, each after a random word (Liu et al. 2023, arXiv 2305.17888).
+
+    Args:
+        base: The model as it is.
+        tokenizer: Its own.
+        seed: Of what is drawn.
+        progress: Name of a progress bar.
+
+    Returns:
+        OWN_TEXTS examples as :func:`encode_texts` gives them.
+    """
+    words = min(len(tokenizer), base.vocabulary)
+    ordinary = torch.tensor(sorted(set(range(words)) - set(tokenizer.all_special_ids)))
+    draw = generator(seed, Stream.OWN_TEXT)
+    first = ordinary[torch.randint(len(ordinary), (OWN_TEXTS,), generator=draw)].tolist()
+    length = min(OWN_WORDS, (base.context_length or OWN_WORDS + 1) - 1)
+    writer = Writer(tokenizer, Generation(length, stop=""))
+    rows = []
+    with Progress(OWN_TEXTS, progress, "texts") as shown, torch.random.fork_rng():
+        torch.manual_seed(draw.initial_seed())
+        for start in range(0, OWN_TEXTS, BATCH):
+            group = [[word] for word in first[start : start + BATCH]]
+            for begun, (ids,) in zip(group, writer.continuations(base, group, draws=1), strict=True):
+                rows.append(Example((begun + ids)[:-1], [ids[-1:]], 0, score_prompt=True))
+            shown.add(len(group))
     return rows
 
 

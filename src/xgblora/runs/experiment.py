@@ -187,7 +187,8 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
         if workspace is None:
             workspace = Workspace(trained)
             for other in left:
-                workspace.kept(other)  # what it refuses, it refuses before any run
+                if other.keep_file:
+                    workspace.kept(other)  # what it refuses, it refuses before any run
         ahead = ""
         if number:  # each as long as those before it, on average
             seconds = (time.monotonic() - begun) / number * (len(left) - number)

@@ -47,7 +47,10 @@ def contents(config: RunConfig) -> dict[str, str]:
     files = {f"the {split} data ({file.name})": file for split, file in data.items()}
     if config.task_file:
         files["--task_file"] = Path(config.task_file)
-    files |= {f"--{flag}": Path(file) for flag in ("other_text", "boost_keep") if (file := getattr(config, flag))}
+    if config.other_text:
+        files["--other_text"] = Path(config.other_text)
+    if config.keep_file:
+        files["--boost_keep"] = config.keep_file
     if config.reward and (module := reward_file(config.reward)):
         files["--reward"] = module
     return {what: digest(file) for what, file in files.items() if file.is_file()}

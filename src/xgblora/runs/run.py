@@ -74,6 +74,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
     workspace = workspace or Workspace(config)
     workspace.require_serves(config)
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
+    config.boost_keep = workspace.keeps(config)
     set_seed(config.seed)
     work: dict[str, Any] = {}
     if config.trainer == "none":
@@ -89,7 +90,8 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
                 count = start_from(ledger, config.init_adapter)
                 logger.info("Starting from %s: %d boosters", config.init_adapter, count)
                 _compare_beginnings(Path(config.init_adapter), workspace.task)
-            kept = workspace.kept(config)
+            with adapters.first(0):
+                kept = workspace.kept(config)
             prepare_folder(config, workspace.contents(config))
             with adapters.first(0):
                 workspace.zero_shot(config)

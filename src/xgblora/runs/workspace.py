@@ -15,7 +15,7 @@ from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
 from xgblora.learn.evaluate import Evaluation, evaluate_together
-from xgblora.learn.forgetting import encode_texts, read_texts, token_loss
+from xgblora.learn.forgetting import encode_texts, own_texts, read_texts, token_loss
 from xgblora.learn.generation import Writer
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward, RewardFunction, load_reward
@@ -57,7 +57,8 @@ class Workspace:
         if self.classification and self.task.generation:
             raise XgbloraError(f"{self.task.name} has no options to classify: leave out --train_as_classification")
         function = _reward_function(config, writes=self.task.generation is not None)
-        texts = {flag: _texts(config, flag) for flag in ("other_text", "boost_keep")}  # refused before a model is read
+        texts = _texts("other_text", config.other_text)
+        _texts("boost_keep", config.keep_file)  # what it refuses, it refuses before a model is read
         splits = load_splits(self.task, config.data_dir)
         self._samples = sample(splits, self.num_train, self.num_dev, config.num_eval, config.train_set_seed)
         self.eval_split = self._samples.eval_split
@@ -78,7 +79,7 @@ class Workspace:
         self.train, self.dev, self.eval = (
             self._encode(rows) for rows in (self._samples.train, self._samples.dev, self._samples.eval)
         )
-        self.other = self._encode_texts("other_text", texts["other_text"])
+        self.other = self._encode_texts("other_text", texts)
         """Other text, that nothing is trained on."""
         self._zero_shot: Scores | None = None
         self._zero_shot_other: float | None = None
@@ -93,9 +94,20 @@ class Workspace:
         """SHA-256 of the files of a run, as they were when they were read here."""
         return {what: self._contents.get(what, digest) for what, digest in contents(config).items()}
 
+    def keeps(self, config: RunConfig) -> str:
+        """What ``--boost_keep`` of a run comes to."""
+        if config.recipe != "boost":
+            return "none"
+        # A base that is read again for every word takes too long to write.
+        return config.boost_keep or ("none" if self.classification or self.base.reread else "own")
+
     def kept(self, config: RunConfig) -> list[Example]:
-        """Text that boosters of a run are kept off; none where it has no ``--boost_keep``."""
-        return self._encode_texts("boost_keep", _texts(config, "boost_keep"))
+        """Text that boosters of a run are kept off, with the base as it is."""
+        keeps = self.keeps(config)
+        if keeps == "own":
+            shown = None if config.disable_tqdm else "writing text to keep"
+            return own_texts(self.base, self.tokenizer, config.seed, shown)
+        return self._encode_texts("boost_keep", _texts("boost_keep", config.keep_file))
 
     def _encode_texts(self, flag: str, texts: Sequence[str]) -> list[Example]:
         with naming(f"--{flag}"):
@@ -166,9 +178,8 @@ class Workspace:
         return self._zero_shot_other
 
 
-def _texts(config: RunConfig, flag: str) -> list[str]:
-    """What the file that a flag names holds; nothing where it names none."""
-    file: str | None = getattr(config, flag)
+def _texts(flag: str, file: str | Path | None) -> list[str]:
+    """What the file of a flag holds; nothing where there is none."""
     with naming(f"--{flag}"):
         return read_texts(Path(file)) if file else []
 
