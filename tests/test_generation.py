@@ -95,4 +95,20 @@ def test_a_model_learns_to_write_an_answer(tmp_path: Path) -> None:
     assert metrics["zero_shot_score"] == 0
     assert (metrics["accuracy"], metrics["score"], metrics["dev_score"]) == (1, 1, 1)
     curve = [json.loads(line) for line in (tmp_path / "run" / "eval_loss.jsonl").read_text("utf-8").splitlines()]
-    assert curve[-1]["eval_accuracy"] == 1
+    assert curve[-1]["eval_loss"] < curve[0]["eval_loss"]
+    assert "eval_accuracy" not in curve[-1]  # on the way nothing is written
+
+
+@pytest.mark.parametrize(("flags", "writes"), [("", False), ("--load_best_model_at_end true", False),
+    ("--load_best_model_at_end true --metric_for_best_model accuracy", True)])  # fmt: skip
+def test_answers_are_written_on_the_way_where_they_decide(flags: str, writes: bool, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"name": NAMES[number % 3]}) + "\n" for number in range(40))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    build(ARCHITECTURES["llama"]).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    flags += " --max_steps 4 --eval_steps 2 --save_steps 2 --num_train 20 --num_dev 4 --num_eval 4"
+    metrics = train_by_command(tmp_path, tmp_path / "model", flags, MINE)
+    assert metrics["dev_score"] is not None  # in the end they are
+    curve = [json.loads(line) for line in (tmp_path / "run" / "eval_loss.jsonl").read_text("utf-8").splitlines()]
+    assert [("eval_accuracy" in line) for line in curve] == [writes, writes]

@@ -66,6 +66,19 @@ def test_figures_are_whole_files(draw: Any, ending: str, runs: list[Curves], tmp
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("draw", [draw_eval, draw_merge_eval])
+def test_figures_of_dev_rows_without_accuracy_show_the_loss(draw: Any, tmp_path: Path) -> None:
+    runs = [
+        replace(run, evals=[{n: v for n, v in e.items() if n != "eval_accuracy"} for e in run.evals]) for run in RUNS
+    ]
+    for number, shown in enumerate((runs, RUNS)):
+        draw(shown, tmp_path / f"{number}.svg")
+    bare, whole = ((tmp_path / f"{number}.svg").read_text(encoding="utf-8") for number in (0, 1))
+    assert "<!-- loss (nats) -->" in bare
+    assert "accuracy" not in bare.lower()
+    assert "<!-- accuracy (%) -->" in whole
+
+
 def test_the_loss_figure_names_its_axes_methods_and_merges(tmp_path: Path) -> None:
     draw_loss(RUNS, tmp_path / "loss.svg")
     text = (tmp_path / "loss.svg").read_text(encoding="utf-8")

@@ -403,9 +403,9 @@ def test_boosters_of_a_reward_are_kept_up_to_the_highest(tmp_path: Path) -> None
     ledger = Ledger(attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True))
     for step, (loss, reward) in enumerate([(0.3, 0.5), (0.4, 0.9)], start=1):
         ledger.merge(step, f"step {step}", loss, "every step", "every step")
-        ledger.note_evaluation(step, loss, 0.5, reward)
+        ledger.note_evaluation(step, {"eval_loss": loss, "eval_accuracy": 0.5, "eval_reward": reward})
     assert ledger.evaluations() == {1: -0.5, 2: -0.9}
-    ledger.note_evaluation(3, 0.2, 0.5)
+    ledger.note_evaluation(3, {"eval_loss": 0.2, "eval_accuracy": 0.5})
     assert ledger.evaluations() == {1: -0.5, 2: -0.9, 3: 0.2}
 
 

@@ -33,7 +33,7 @@ class Booster:
     reason: str = ""
     """What made the schedule merge here."""
     evaluation: dict[str, float] | None = None
-    """``eval_loss`` and ``eval_accuracy`` right after the merge, where the run evaluates there."""
+    """``eval_loss`` and, where they were measured, ``eval_accuracy`` and ``eval_reward`` right after the merge."""
     rank: int = 1
     """How many rank-1 pairs it is: more than one where recipe boost fitted several directions in one round."""
 
@@ -84,11 +84,8 @@ class Ledger:
                 norms[name] = layer.scaling * squared**0.5
         return sum(norm**2 for norm in norms.values()) ** 0.5, norms
 
-    def note_evaluation(self, step: int, loss: float, accuracy: float, reward: float | None = None) -> None:
+    def note_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
         """Note the evaluation after ``step``: of the booster that was merged there, else of the pair in training."""
-        evaluation = {"eval_loss": loss, "eval_accuracy": accuracy}
-        if reward is not None:
-            evaluation["eval_reward"] = reward
         if self.boosters and self.boosters[-1].step == step:
             self.boosters[-1] = replace(self.boosters[-1], evaluation=evaluation)
         else:

@@ -47,10 +47,19 @@ def draw_loss(runs: Sequence[Curves], path: Path) -> None:
     _finish(figure, axes, path, merges=any(run.result.merges for run in runs))
 
 
+ACCURACY = "accuracy (%)", "eval_accuracy", 100
+LOSS = "loss (nats)", "eval_loss", 1
+"""Measures of dev rows: name, column, factor."""
+
+
 def draw_eval(runs: Sequence[Curves], path: Path) -> None:
-    """Accuracy or reward on the dev rows over steps, with merges marked."""
+    """Accuracy, reward or, of answers that were not written, loss on the dev rows over steps, with merges marked."""
     work, unit = _work(runs)
-    column, factor, name = ("eval_reward", 1, "reward") if _rewarded(runs) else ("eval_accuracy", 100, "accuracy (%)")
+    column, factor, name = "eval_loss", 1, "loss (nats)"
+    if _rewarded(runs):
+        column, name = "eval_reward", "reward"
+    elif _answered(runs):
+        column, factor, name = "eval_accuracy", 100, "accuracy (%)"
     figure, axes = _canvas(f"{name.split(' ')[0].capitalize()} on the development rows", work, name, runs)
     for number, (label, group) in enumerate(_by_label(runs).items()):
         colour = COLOURS[number % 4]
@@ -66,6 +75,11 @@ def draw_eval(runs: Sequence[Curves], path: Path) -> None:
 def _measured(run: Curves) -> np.ndarray:
     """The step at which each training loss was measured: of a fitted booster it is that before the booster."""
     return _column(run.loss, "step") - (1 if run.result.method == "boost" else 0)
+
+
+def _answered(runs: Sequence[Curves]) -> bool:
+    """Whether accuracies were measured on the way."""
+    return all("eval_accuracy" in line for run in runs for line in run.evals)
 
 
 def _rewarded(runs: Sequence[Curves]) -> bool:
@@ -85,12 +99,13 @@ def _work(runs: Sequence[Curves]) -> tuple[str, Callable[[Curves], float]]:
 
 
 def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
-    """Dev loss and accuracy after each booster, in order: what every booster added."""
-    figure, panels = _booster_panels("Development {} after each booster")
+    """Dev accuracy, where it was measured, and loss after each booster, in order: what every booster added."""
+    measured = [ACCURACY, LOSS] if _answered(runs) else [LOSS]
+    figure, panels = _booster_panels("Development {} after each booster", [name for name, _, _ in measured])
     for number, (label, group) in enumerate(_by_label(runs).items()):
         for run in group:
             points = [line for line in run.evals if line["merge"]] + run.evals[-1:]
-            for axes, column, factor in zip(panels, ("eval_accuracy", "eval_loss"), (100, 1), strict=True):
+            for axes, (_, column, factor) in zip(panels, measured, strict=True):
                 axes.plot(np.arange(1, len(points) + 1), factor * _column(points, column), "o-",
                           color=COLOURS[number % 4], alpha=0.8, label=label if run is group[0] else None)  # fmt: skip
     _finish_panels(figure, panels, path)
@@ -98,7 +113,7 @@ def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
 
 def draw_stages(scores: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
     """Accuracy and loss with the first 0, 1, ... boosters of one run, a line for each set of rows."""
-    figure, panels = _booster_panels("{} with the first boosters")
+    figure, panels = _booster_panels("{} with the first boosters", [ACCURACY[0], LOSS[0]])
     for number, (rows, stages) in enumerate(scores.items()):
         for axes, values, factor in zip(panels, zip(*stages, strict=True), (100, 1), strict=True):
             axes.plot(range(len(stages)), factor * np.array(values), "o" + STYLES[number % 4],
@@ -106,11 +121,11 @@ def draw_stages(scores: Mapping[str, Sequence[tuple[float, float]]], path: Path)
     _finish_panels(figure, panels, path)
 
 
-def _booster_panels(title: str) -> tuple[Figure, Sequence[Axes]]:
-    """Accuracy and loss side by side, over the number of boosters."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, 2)
-    for axes, name in zip(panels, ("accuracy (%)", "loss (nats)"), strict=True):
+def _booster_panels(title: str, names: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
+    """A panel for each of some measures side by side, over the number of boosters."""
+    figure = Figure(figsize=(5.5 * len(names), 4.4), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
         heading = title.format(name)
         axes.set(title=heading[0].upper() + heading[1:], xlabel="boosters", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,18 +67,17 @@ class CurveRecorder(TrainerCallback):
         idle = {"learning_rate"} if args.recipe == "boost" else set()
         self._append(TRAINING_LOSS, entry | {name: logs[name] for name in LOGGED if name in logs and name not in idle})
 
-    def on_dev_evaluation(self, state: TrainerState, loss: float, accuracy: float, reward: float | None) -> None:
+    def on_dev_evaluation(self, state: TrainerState, evaluation: Mapping[str, float]) -> None:
         """Add a line to the evaluations on the development rows."""
         boosters = self.ledger.boosters
         entry = {
             "step": state.global_step,
-            "eval_loss": loss,
-            "eval_accuracy": accuracy,
+            **evaluation,
             "epoch": state.epoch,
             "boosters": len(boosters),
             "merge": bool(boosters) and boosters[-1].step == state.global_step,
         }
-        self._append(EVAL_LOSS, entry if reward is None else entry | {"eval_reward": reward})
+        self._append(EVAL_LOSS, entry)
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         if not (path := self.folder / name).is_file():

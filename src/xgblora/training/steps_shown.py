@@ -1,4 +1,4 @@
-"""The progress of a training: step, loss, dev accuracy, booster, seconds a step, time left."""
+"""The progress of a training: step, loss, dev accuracy or loss, booster, seconds a step, time left."""
 
 import time
 from typing import Any
@@ -22,7 +22,7 @@ class StepsShown(TrainerCallback):
         self.meter = meter
         self._progress = Progress(None, None)
         self._smoothed: float | None = None
-        self._dev: float | None = None
+        self._dev = ""
         self._started = 0.0
         self._steps = 0
 
@@ -43,7 +43,11 @@ class StepsShown(TrainerCallback):
     def on_evaluate(
         self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        self._dev = (metrics or {}).get("eval_accuracy")
+        shown = metrics or {}
+        if "eval_accuracy" in shown:
+            self._dev = f"dev {100 * shown['eval_accuracy']:.1f} %"
+        elif "eval_loss" in shown:
+            self._dev = f"dev loss {shown['eval_loss']:.3f}"
         self._progress.say(self._state(args, self.meter.loss))
 
     def on_train_end(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -57,8 +61,8 @@ class StepsShown(TrainerCallback):
         parts = [f"loss {loss:.3f}"]
         if args.recipe != "boost" and self._smoothed is not None:
             parts.append(f"smoothed {self._smoothed:.3f}")
-        if self._dev is not None:
-            parts.append(f"dev {100 * self._dev:.1f} %")
+        if self._dev:
+            parts.append(self._dev)
         if args.xgblora and args.recipe != "boost":
             expected = self.merging.schedule.expected_merges
             of_all = "" if expected is None else f" of {expected + 1}"

@@ -26,9 +26,10 @@ from xgblora.errors import DivergedError, XgbloraError, within_memory
 from xgblora.files import remove_sealed, sealed_folder, verify
 from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Key
-from xgblora.learn.evaluate import Evaluation, evaluate
-from xgblora.learn.losses import AnswerLoss, FunctionLoss, Loss, Objective, OptionLoss, TextLoss
+from xgblora.learn.evaluate import evaluate
+from xgblora.learn.losses import Loss, Objective
 from xgblora.learn.methods import method
+from xgblora.learn.objectives import judges_of, loss_of
 from xgblora.learn.rewards import Reward
 from xgblora.training.checkpoints import (
     FILES,
@@ -104,7 +105,8 @@ class Trainer(hf.HookedTrainer):
             raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {self.adapters.rank}")
         if args.objective == "reward" and objective is None:
             raise XgbloraError("--objective reward needs an xgblora.Reward: give it as the objective")
-        self.loss, self.judge = _losses(args, objective)
+        self.loss = loss_of(args, objective)
+        self.judge, self.dev_judge = judges_of(args, self.loss)
         model.to(args.device)
         self.method = method(self.adapters, self.loss, args)
         self.meter = Meter()
@@ -198,41 +200,46 @@ class Trainer(hf.HookedTrainer):
         """Accuracy and loss of the model as it is.
 
         Args:
-            eval_dataset: Examples; by default the development examples. Others are scored and logged, but neither
-                the ledger nor the record nor any callback hears of them, so that no decision depends on them.
+            eval_dataset: Examples; by default the development examples, whose answers are written only where something
+                depends on them, as that takes most of the time. Others are scored and logged, but neither the ledger
+                nor the record nor any callback hears of them, so that no decision depends on them.
             ignore_keys: Not used.
             metric_key_prefix: Before the names of the metrics.
 
         Returns:
-            ``<prefix>_loss``, ``<prefix>_accuracy`` and, with a reward, ``<prefix>_reward``.
+            ``<prefix>_loss``, ``<prefix>_accuracy`` where answers are chosen or written and, with a reward,
+            ``<prefix>_reward``.
         """
         examples = self.eval_dataset if eval_dataset is None else eval_dataset
         if not examples:
             raise XgbloraError("there are no rows to evaluate: give the trainer an eval_dataset, or rows to evaluate()")
         self.model.eval()
+        judge = self.dev_judge if examples is self.eval_dataset else self.judge
         evaluation = evaluate(
             self.adapters.base,
             examples,
-            self.judge,
+            judge,
             self.args.per_device_eval_batch_size,
             progress=None if self.args.disable_tqdm else f"evaluating {len(examples)} examples",
         )
-        metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+        metrics = {"loss": evaluation.loss}
+        if judge is self.judge:
+            metrics["accuracy"] = evaluation.accuracy
         if isinstance(self.loss, Reward):
             metrics["reward"] = self.loss.mean(examples, evaluation.predictions, evaluation.texts)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(named))
         if examples is self.eval_dataset:
-            self._note(evaluation, metrics.get("reward"))
+            self._note({f"eval_{name}": value for name, value in metrics.items()})
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
-    def _note(self, evaluation: Evaluation, reward: float | None) -> None:
+    def _note(self, evaluation: dict[str, float]) -> None:
         """Note an evaluation on the development rows: in the ledger, in the record, and for early stopping."""
-        self.ledger.note_evaluation(self.state.global_step, evaluation.loss, evaluation.accuracy, reward)
+        self.ledger.note_evaluation(self.state.global_step, evaluation)
         self.merging.on_dev_evaluation(self.args, self.control)
         if (recorder := self._recorder) is not None:
-            recorder.on_dev_evaluation(self.state, evaluation.loss, evaluation.accuracy, reward)
+            recorder.on_dev_evaluation(self.state, evaluation)
 
     @property
     def _recorder(self) -> CurveRecorder | None:
@@ -323,18 +330,6 @@ class Trainer(hf.HookedTrainer):
         if over:
             logger.info("No step is left after step %d", self.state.global_step)
         return bool(over)
-
-
-def _losses(args: RunConfig, objective: Objective | Loss | None) -> tuple[Loss, AnswerLoss]:
-    """What training minimises, and the loss that evaluations report."""
-    if isinstance(objective, AnswerLoss):
-        return objective, objective
-    writer = objective.writer if isinstance(objective, Reward) else None
-    text = args.train_as_classification is False or writer is not None
-    judge: AnswerLoss = TextLoss(writer) if text else OptionLoss()
-    if objective is None:
-        return judge, judge
-    return objective if isinstance(objective, Loss) else FunctionLoss(objective), judge
 
 
 class _Collator:
