@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from xgblora.cli import main
 from xgblora.config import notes
 from xgblora.data.batch import build_batch
 from xgblora.learn.fitted.activations import Forwards
-from xgblora.learn.fitted.rewarded import Rewards
+from xgblora.learn.fitted.rewarded import Drawn, Rewards
 from xgblora.learn.fitted.tail_loss import TailLoss
 from xgblora.learn.generation import Writer
 from xgblora.learn.losses import OptionLoss
@@ -348,17 +348,21 @@ generate: {max_new_tokens: 4}
         "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60 --xgblora"
         " --xgblora_layers 1 --xgblora_layer_choice top --xgblora_steps_per_iteration 30",
         "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8 --lora_r 4",
+        "--recipe boost --reward_samples 16 --boost_boosters 6 --num_train 200",
     ],
 )
 def test_training_raises_a_reward_of_written_answers(
     module: str, flags: str, tmp_path: Path, model_folder: Path
 ) -> None:
     """For every letter "a"; all that was fed to the model on the way is counted."""
-    rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 14)
+    rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 60)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    flags += " --per_device_train_batch_size 16 --lora_target_modules q_proj v_proj fc1 fc2"
-    metrics = train_by_command(tmp_path, model_folder, f"{flags} {SIZES} --reward {module}:letter", WRITTEN)
+    if "boost" not in flags:
+        flags += " --per_device_train_batch_size 16 --lora_target_modules q_proj v_proj fc1 fc2"
+    metrics = train_by_command(tmp_path, model_folder, f"{SIZES} {flags} --reward {module}:letter", WRITTEN)
     assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
+    if "boost" in flags:
+        return
     assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
 
 
@@ -388,15 +392,41 @@ def test_boosters_follow_the_best_of_a_reward_near_the_base() -> None:
     assert rewards.mean(loss, seen) == pytest.approx((chances * table).sum(1).mean().item())
 
 
+def test_answers_are_taken_by_their_reward() -> None:
+    """With chances that go by exp(r / tau), anew for each booster; what tells nothing apart is left out."""
+    worth, rows = [0.0, 0.5, 1.0], examples(900)
+
+    def written(asked: Sequence[Example]) -> list[tuple[list[list[int]], list[float]]]:
+        torch.rand(1)  # as whoever draws answers does
+        return [([[1], [2, 3], [4]], worth if example.label else [0.3] * 3) for example in asked]
+
+    drawn = Drawn(written, 0.5, seed=3)
+    state = torch.random.get_rng_state()
+    (first, second), mean, cost = drawn.rows([rows[:600], rows[600:]], 0)
+    assert torch.random.get_rng_state().equal(state)
+    telling = sum(row.label for row in rows)
+    assert len(first) + len(second) == telling
+    assert [row.prompt for row in first] == [row.prompt for row in rows[:600] if row.label]
+    assert mean == pytest.approx((telling * 0.5 + (900 - telling) * 0.3) / 900)
+    assert cost.sequences == 2700
+    assert cost.tokens == sum(3 * len(row.prompt) + 1 for row in rows)
+    tau = 0.5 * (telling / 900 / 6) ** 0.5
+    shares = [sum(row.options == [ids] for row in [*first, *second]) / telling for ids in ([1], [2, 3], [4])]
+    assert shares == pytest.approx((torch.tensor(worth) / tau).softmax(0).tolist(), abs=0.06)
+    assert drawn.rows([rows[:600], rows[600:]], 0)[0] == [first, second]
+    assert drawn.rows([rows[:600], rows[600:]], 1)[0] != [first, second]
+
+
 def test_a_reward_that_boost_cannot_follow_is_refused(
     module: str, tmp_path: Path, model_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"name": "ann"}\n' * 40, encoding="utf-8")
     (tmp_path / "task.yaml").write_text(WRITTEN, encoding="utf-8")
-    written = f"--task_file {tmp_path / 'task.yaml'} --reward {module}:letter"
     same = f"--task_name SST2 --data_dir {data_folder} --reward {module}:same"
-    for flags, says in ((written, "follows rewards of options; here answers are written"), (same, "tell a better one")):
-        assert says in refusal_by_command(tmp_path, model_folder, f"--recipe boost {SIZES} {flags}", capsys)
+    written = f"--task_file {tmp_path / 'task.yaml'} --reward {module}:same"
+    for number, flags in enumerate((written, same)):
+        line = refusal_by_command(tmp_path / str(number), model_folder, f"--recipe boost {SIZES} {flags}", capsys)
+        assert "must tell a better one" in line
 
 
 def test_boosters_of_a_reward_are_kept_up_to_the_highest(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class Stream(IntEnum):
     """Texts on which a booster is to change little."""
     OWN_TEXT = 9
     """What a model writes by itself."""
+    ANSWERS = 10
+    """Answers that are drawn to be judged, and which of them are learned from."""
 
 
 def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:

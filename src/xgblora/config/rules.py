@@ -89,7 +89,7 @@ def _contradictions(config: Any) -> Iterator[str]:
         if config.trainer == "regular" and config.reward_completions == "greedy":
             yield "--reward_completions greedy has no gradient for --trainer regular: take expected, or --trainer zo"
         if config.recipe == "boost" and config.reward_completions == "greedy":
-            yield "--recipe boost raises the mean reward of all options: --reward_completions expected"
+            yield "--recipe boost raises the mean reward of all answers: --reward_completions expected"
     if config.init_adapter and not config.makes_boosters:
         yield "--init_adapter starts from boosters, which --xgblora has: give both"
     if config.lora and config.xgblora:

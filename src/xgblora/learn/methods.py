@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Estimator, Key, estimator
 from xgblora.learn.fitted import RECIPES, Recipe
 from xgblora.learn.fitted.recipe import no_note
-from xgblora.learn.losses import AnswerLoss, Loss, OptionLoss
+from xgblora.learn.losses import AnswerLoss, Loss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward
 
 logger = logging.getLogger(__name__)
@@ -122,16 +123,18 @@ class FittedMethod(Method):
 
     def __init__(self, adapters: Adapters, loss: Loss, config: RunConfig) -> None:
         super().__init__(adapters, loss)
-        worth = None
-        if isinstance(loss, Reward) and not loss.writes:
+        worth, written = None, None
+        if isinstance(loss, Reward) and loss.writes:
+            written, loss = partial(loss.of_written, adapters.base), TextLoss()
+        elif isinstance(loss, Reward):
             worth, loss = loss.of_options, OptionLoss()
         if not isinstance(loss, AnswerLoss):
             raise XgbloraError(
-                f"--recipe {config.recipe} fits the options' or the language model's loss, or the reward of options: "
-                "it takes no other objective"
+                f"--recipe {config.recipe} fits the options' or the language model's loss, or a reward: it takes no "
+                "other objective"
             )
         self.prefix = Prefix(adapters.model, int(config.activation_cache_gb * 1e9))
-        self.recipe: Recipe = RECIPES[config.recipe](adapters, loss, config, self.prefix, worth)
+        self.recipe: Recipe = RECIPES[config.recipe](adapters, loss, config, self.prefix, worth, written)
 
     def split(self, rows: Sequence[Example]) -> Sequence[Example]:
         return self.recipe.split(rows)

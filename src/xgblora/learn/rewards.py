@@ -18,7 +18,7 @@ from xgblora.base import Base
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import XgbloraError
 from xgblora.learn import generation
-from xgblora.learn.generation import Writer, exact_match_and_f1
+from xgblora.learn.generation import BATCH, Writer, exact_match_and_f1
 from xgblora.learn.losses import Loss, OptionLoss
 
 RewardFunction = Callable[[str, str, Example], float]
@@ -173,6 +173,17 @@ class Reward(Loss):
     def of_options(self, example: Example) -> list[float]:
         """What each of an example's options is worth."""
         return [self.worth(example, self._text(option)) for option in example.options]
+
+    def of_written(self, base: Base, examples: Sequence[Example]) -> list[tuple[list[list[int]], list[float]]]:
+        """``samples`` answers that the model writes to each example's prompt, as token ids, and what each is worth."""
+        assert self.writer is not None  # whoever asks knows that answers are written
+        judged, together = [], max(1, BATCH // self.samples)
+        for start in range(0, len(examples), together):
+            group = examples[start : start + together]
+            written = self.writer.continuations(base, [example.prompt for example in group], self.samples)
+            for example, draws in zip(group, written, strict=True):
+                judged.append((draws, [self.worth(example, self.writer.text(ids)) for ids in draws]))
+        return judged
 
     def _of_written(self, base: Base, batch: Batch, writer: Writer) -> Tensor:
         prompts = [example.prompt for example in batch.examples]

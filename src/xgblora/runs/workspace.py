@@ -188,9 +188,7 @@ def _reward_function(config: RunConfig, writes: bool) -> RewardFunction | None:
     """The function that ``--reward`` names, if any."""
     if config.reward is None:
         return None
-    if writes and config.recipe == "boost":
-        raise XgbloraError("--recipe boost follows rewards of options; here answers are written: --recipe classic")
-    if writes and config.trainer == "zo" and config.reward_completions == "expected":
+    if writes and config.trainer == "zo" and config.recipe == "classic" and config.reward_completions == "expected":
         raise XgbloraError(
             "--reward_completions expected would compare answers drawn twice, once for each probe, where they are "
             "written: take greedy, or --trainer regular"

@@ -17,8 +17,8 @@ from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Forwards, Observed, parts
 from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.kept import look_beside
-from xgblora.learn.fitted.recipe import Fit, Recipe, Worth
-from xgblora.learn.fitted.rewarded import Rewards
+from xgblora.learn.fitted.recipe import Fit, Recipe, Worth, Written
+from xgblora.learn.fitted.rewarded import Drawn, Rewards
 from xgblora.learn.fitted.step_length import likely_next, line_search, shortest_as_good
 from xgblora.learn.fitted.tail_loss import TailLoss, scored
 from xgblora.learn.fitted.teacher import Teacher, teach
@@ -45,11 +45,19 @@ class BoostRecipe(Recipe):
     """Boosters fitted to pseudo-residuals; where there are options to choose from, they follow one teacher."""
 
     def __init__(
-        self, adapters: Adapters, loss: AnswerLoss, config: RunConfig, prefix: Prefix, worth: Worth | None = None
+        self,
+        adapters: Adapters,
+        loss: AnswerLoss,
+        config: RunConfig,
+        prefix: Prefix,
+        worth: Worth | None = None,
+        written: Written | None = None,
     ) -> None:
         require_writers(adapters)  # before anything is computed
         self.rewards = None if worth is None else Rewards(worth, config.boost_temperature)
         """What options are worth, where that is followed instead of labels."""
+        self.drawn = None if written is None else Drawn(written, config.boost_temperature, config.seed)
+        """What written answers are worth, where that is followed."""
         self.adapters = adapters
         self.config = config
         self.forwards = Forwards(adapters, loss, prefix)
@@ -95,6 +103,8 @@ class BoostRecipe(Recipe):
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
         cost = Cost()
         self.forwards.note = self.note
+        if self.drawn is not None:
+            return self._fit_drawn(self.drawn, examples, start)
         if isinstance(self.forwards.loss, OptionLoss) and self.teacher is None:
             self.teacher, cost = self._teach()
         booster = boost(
@@ -109,6 +119,21 @@ class BoostRecipe(Recipe):
         if self.adapters.boosters == self.first and booster.step_length == 0:
             self._require_reached()
         return replace(booster, cost=cost + booster.cost)
+
+    def _fit_drawn(self, drawn: Drawn, examples: Sequence[Example], start: float) -> Fit:
+        """Fit the pair to answers that the model writes, taken by their reward; the loss is minus the mean reward."""
+        self.note("writing answers to judge")
+        (fitted, searched), mean, cost = drawn.rows([examples, self.searched], self.adapters.boosters)
+        if len(fitted) < 2 or not searched:
+            if self.adapters.boosters == self.first:
+                raise XgbloraError(
+                    "the reward is the same for all answers that the model writes to a prompt, of nearly all prompts: "
+                    "it must tell a better one from a worse (--reward_samples draws more of them)"
+                )
+            return Fit(loss=-mean, before=0.0, after=0.0, step_length=0.0, cost=cost)
+        ridge, shrinkage = self.config.boost_ridge, self.config.xgblora_shrinkage
+        booster = boost(self.forwards, fitted, searched, ridge=ridge, start=start, shrinkage=shrinkage)
+        return replace(booster, loss=-mean, cost=cost + booster.cost)
 
     def _seen(self, examples: Sequence[Example]) -> Observed | None:
         """What the teacher saw, where a first booster is fitted to the same rows. It is kept no longer."""

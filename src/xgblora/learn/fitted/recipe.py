@@ -27,6 +27,10 @@ Worth = Callable[[Example], Sequence[float]]
 """What each of an example's options is worth."""
 
 
+Written = Callable[[Sequence[Example]], Sequence[tuple[Sequence[Sequence[int]], Sequence[float]]]]
+"""Some answers that the model as it is writes to each example's prompt, and what each of them is worth."""
+
+
 def no_note(state: str) -> None:
     """Nobody is told."""
 

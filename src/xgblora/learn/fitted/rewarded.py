@@ -1,15 +1,21 @@
-"""What options are worth, as what a model is to say of them."""
+"""What answers are worth, as what a model is to say."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
+from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import Observed
-from xgblora.learn.fitted.recipe import Worth
+from xgblora.learn.fitted.recipe import Worth, Written
 from xgblora.learn.fitted.tail_loss import TailLoss
+from xgblora.randomness import Stream, generator
+
+logger = logging.getLogger(__name__)
 
 
 class Rewards:
@@ -58,3 +64,50 @@ class Rewards:
         """The mean reward of answers as often as the model gives them."""
         chances = loss.probabilities(seen.hidden)
         return (chances * self.table(seen.examples).to(chances.device)).sum(1).mean().item()
+
+
+class Drawn:
+    """Rows to learn from where answers are written: to a prompt, one of those that the model writes, by its reward.
+
+    Of some answers drawn from what the model says, q, one is taken with a chance that goes by exp(r / tau): nearly a
+    draw from q exp(r / tau), which :class:`Rewards` has of options, with the same tau. A prompt whose answers are
+    all worth the same says nothing, and is left out.
+
+    Args:
+        written: Draws answers and judges them.
+        temperature: As :class:`Rewards` takes it.
+        seed: Of what is drawn.
+    """
+
+    def __init__(self, written: Written, temperature: float, seed: int) -> None:
+        self.written = written
+        self.temperature = temperature
+        self.seed = seed
+
+    def rows(self, groups: Sequence[Sequence[Example]], number: int) -> tuple[list[list[Example]], float, Cost]:
+        """Rows of each group for booster ``number``, the mean reward of the model's answers, and what that took."""
+        draw = generator(self.seed, Stream.ANSWERS, number)
+        with torch.random.fork_rng():
+            torch.manual_seed(draw.initial_seed())
+            judged = [list(self.written(group)) for group in groups]
+        worth = torch.tensor([rewards for group in judged for _, rewards in group], dtype=torch.float64)
+        tau = self.temperature * worth.var(1, correction=0).mean().sqrt().item()
+        chosen: list[list[Example]] = []
+        for group, answers in zip(groups, judged, strict=True):
+            chosen.append([])
+            for example, (drawn, rewards) in zip(group, answers, strict=True):
+                if max(rewards) > min(rewards):
+                    chances = (torch.tensor(rewards, dtype=torch.float64) / tau).softmax(0)
+                    taken = int(torch.multinomial(chances, 1, generator=draw))
+                    chosen[-1].append(replace(example, options=[drawn[taken]], label=0, score_prompt=False))
+        logger.info(
+            "%d of %d prompts have answers of different worth, %.4f in the mean",
+            *(sum(map(len, chosen)), len(worth), worth.mean()),
+        )
+        tokens = sum(
+            len(example.prompt) + len(ids) - 1
+            for group, answers in zip(groups, judged, strict=True)
+            for example, (drawn, _) in zip(group, answers, strict=True)
+            for ids in drawn
+        )
+        return chosen, worth.mean().item(), Cost(1, worth.numel(), tokens)
