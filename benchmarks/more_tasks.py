@@ -204,7 +204,7 @@ DEBIAN_SYNOPSES = Task(
     (),
     "synopsis",
     _synopses,
-    metric="f1",
+    metric="rouge_l",
     classification=False,
     generation=Generation(24),
 )
