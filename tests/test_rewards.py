@@ -366,6 +366,22 @@ def test_training_raises_a_reward_of_written_answers(
     assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
 
 
+@pytest.mark.parametrize("reward", [False, True])
+def test_a_resumed_run_writes_the_same_texts(reward: bool, module: str, tmp_path: Path, model_folder: Path) -> None:
+    """What boosters are kept off, and the answers that are judged, are those of the run that never stopped."""
+    rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 60)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    flags = f"--recipe boost --boost_boosters 3 {SIZES} --num_train 200 --save_total_limit 5"
+    flags += f" --reward {module}:letter --reward_samples 16" if reward else ""
+    train_by_command(tmp_path, model_folder, flags, WRITTEN)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    train_by_command(
+        tmp_path, model_folder, f"{flags} --resume_from_checkpoint {tmp_path / 'whole' / 'checkpoint-1'}", WRITTEN
+    )
+    for file in ("adapter_model.safetensors", "ledger.json"):
+        assert len({(tmp_path / run / "adapter" / file).read_bytes() for run in ("run", "whole")}) == 1
+
+
 def test_boosters_follow_the_best_of_a_reward_near_the_base() -> None:
     """No other probabilities have a higher mean reward less tau times their divergence from what the base says."""
     adapters = attach(build(ARCHITECTURES["llama"]), 1, 16, ["o_proj"], xgblora=True)

@@ -12,6 +12,8 @@ from typing import Any
 from xgblora.adapters.boosters import Ledger
 from xgblora.config import RunConfig, banner, changed
 from xgblora.learn.evaluate import evaluate
+from xgblora.learn.losses import AnswerLoss
+from xgblora.learn.objectives import judges_of
 from xgblora.learn.schedule import resolve
 from xgblora.progress import quiet
 from xgblora.runs.run import attach_for
@@ -71,10 +73,7 @@ def plan(config: RunConfig, workspace: Workspace) -> Plan:
     if config.trainer != "none":
         for line in banner(config):
             logger.info(line)
-    rows = (*workspace.dev, *workspace.eval)[:TIMED_EXAMPLES]
-    begin = time.perf_counter()
-    evaluate(workspace.base, rows, workspace.loss, config.per_device_eval_batch_size)
-    scored = (time.perf_counter() - begin) / len(rows)
+    scored = _scored(config, workspace, workspace.loss)
     both = len(workspace.eval) + len(workspace.dev)
     if config.trainer == "none":
         shown = 1 + config.train_rows  # answered examples before each prompt
@@ -90,9 +89,19 @@ def plan(config: RunConfig, workspace: Workspace) -> Plan:
     else:
         step_seconds, examples = _timed(config, workspace, workspace.train, TIMED_STEPS)
         trained, seconds = steps * examples // TIMED_STEPS, steps * step_seconds
-    evaluations = _evaluations(config, steps, steps_per_epoch)
-    evaluated = 2 * both + evaluations * len(workspace.dev)
-    return Plan(steps, merges, trained, evaluated, seconds, evaluated * scored, memory.read())
+    judge, on_the_way = judges_of(config, workspace.reward or workspace.loss)
+    judged = _evaluations(config, steps, steps_per_epoch) * len(workspace.dev)
+    alike = on_the_way is judge or not judged
+    evaluation_seconds = 2 * both * scored + judged * (scored if alike else _scored(config, workspace, on_the_way))
+    return Plan(steps, merges, trained, 2 * both + judged, seconds, evaluation_seconds, memory.read())
+
+
+def _scored(config: RunConfig, workspace: Workspace, loss: AnswerLoss) -> float:
+    """Seconds that it takes to score a row."""
+    rows = (*workspace.dev, *workspace.eval)[:TIMED_EXAMPLES]
+    begin = time.perf_counter()
+    evaluate(workspace.base, rows, loss, config.per_device_eval_batch_size)
+    return (time.perf_counter() - begin) / len(rows)
 
 
 def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
