@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xgblora.base.cpu_layout import return_freed_memory
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.learn.fitted.activations import Forwards, Seen
 from xgblora.learn.fitted.short_head import LIKELIEST, ShortHead, listed
@@ -107,11 +108,12 @@ class TailLoss:
             if self.loss.normalised or not batch.single_token:
                 if (before := self.heads[number]) is not None:  # what is likely there was likely here
                     self.heads[number] = ShortHead(base, self.tail(hidden[reads]), before.words)
-                    continue
-                words = torch.unique(batch.target)
-                if (len(words) + LIKELIEST * (reads.stop - reads.start)) * WORTHWHILE < base.vocabulary:
-                    final = self.tail(hidden[reads])
-                    self.heads[number] = ShortHead(base, final, listed(base, final, words))
+                else:
+                    words = torch.unique(batch.target)
+                    if (len(words) + LIKELIEST * (reads.stop - reads.start)) * WORTHWHILE < base.vocabulary:
+                        final = self.tail(hidden[reads])
+                        self.heads[number] = ShortHead(base, final, listed(base, final, words))
+                return_freed_memory()  # what is kept of each lies between holes as large as the head's logits
 
     @property
     def whole(self) -> bool:
