@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from architectures import tiny
 from conftest import ARCHITECTURES, build, byte_tokenizer, examples, refusal_by_command, train_by_command
 from xgblora import Base, Example, OptionLoss, RunConfig, TextLoss, Trainer, XgbloraError, attach
 from xgblora.adapters.adapters import Adapters
@@ -150,6 +151,21 @@ def test_boosters_of_text_are_kept_off_what_the_model_writes(
     assert ("Text to change little: own" in capsys.readouterr().out) is (keeps == "own")
     assert train_by_command(tmp_path, model_folder, flags) == metrics
     assert "is complete" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_write_is_kept_off_nothing(
+    tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line says so; it is an error where it was asked to write."""
+    tiny("xlstm").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    flags = f"--recipe boost --train_as_classification false --task_name SST2 --data_dir {data_folder} {SIZES}"
+    line = refusal_by_command(tmp_path, tmp_path / "model", f"{flags} --boost_keep own", capsys)
+    assert "--boost_keep own: xLSTMForCausalLM cannot write text by itself" in line
+    assert not (tmp_path / "run").exists()
+    train_by_command(tmp_path, tmp_path / "model", flags)
+    assert "xLSTMForCausalLM cannot write text by itself" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["boost_keep"] == "none"
 
 
 def test_the_file_is_used_alone_and_in_a_comparison(

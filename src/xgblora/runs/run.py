@@ -92,6 +92,8 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
                 _compare_beginnings(Path(config.init_adapter), workspace.task)
             with adapters.first(0):
                 kept = workspace.kept(config)
+            if not kept:
+                config.boost_keep = "none"
             prepare_folder(config, workspace.contents(config))
             with adapters.first(0):
                 workspace.zero_shot(config)

@@ -1,5 +1,6 @@
 """What runs share: the base model, the encoded rows, and the scores before any training."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from xgblora.base import Base
 from xgblora.base.load import load_configured
 from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
-from xgblora.errors import XgbloraError, naming
+from xgblora.errors import XgbloraError, naming, one_line
 from xgblora.learn.evaluate import Evaluation, evaluate_together
 from xgblora.learn.forgetting import encode_texts, own_texts, read_texts, token_loss
 from xgblora.learn.generation import Writer
@@ -22,6 +23,8 @@ from xgblora.learn.rewards import Reward, RewardFunction, load_reward
 from xgblora.randomness import Stream, generator
 from xgblora.runs.folder import classifies, contents, task_of
 from xgblora.tasks import begun, encode, load_splits, sample
+
+logger = logging.getLogger(__name__)
 
 Scores = tuple[Evaluation, Evaluation | None]
 """Of the evaluation rows and of the dev rows; None where there are none."""
@@ -102,11 +105,21 @@ class Workspace:
         return config.boost_keep or ("none" if self.classification or self.base.reread else "own")
 
     def kept(self, config: RunConfig) -> list[Example]:
-        """Text that boosters of a run are kept off, with the base as it is."""
-        keeps = self.keeps(config)
-        if keeps == "own":
+        """Text that boosters of a run are kept off, with the base as it is.
+
+        Raises:
+            XgbloraError: A file holds none; or the model cannot write, and was asked to.
+        """
+        if self.keeps(config) == "own":
             shown = None if config.disable_tqdm else "writing text to keep"
-            return own_texts(self.base, self.tokenizer, config.seed, shown)
+            try:
+                return own_texts(self.base, self.tokenizer, config.seed, shown)
+            except Exception as error:  # transformers writes for many architectures, in as many ways
+                message = f"{type(self.base.model).__name__} cannot write text by itself ({one_line(error)})"
+                if config.given("boost_keep"):
+                    raise XgbloraError(f"--boost_keep own: {message}: give a file of text, or none") from error
+                logger.warning("%s: boosters are kept off no other text (--boost_keep)", message)
+                return []
         return self._encode_texts("boost_keep", _texts("boost_keep", config.keep_file))
 
     def _encode_texts(self, flag: str, texts: Sequence[str]) -> list[Example]:
