@@ -10,9 +10,8 @@ from xgblora.base import Base
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.evaluate import by_tokens
-from xgblora.learn.generation import BATCH, Writer
+from xgblora.learn.generation import Writer
 from xgblora.learn.losses import TextLoss
-from xgblora.progress import Progress
 from xgblora.randomness import Stream, generator
 from xgblora.tasks import Generation
 
@@ -49,14 +48,13 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) ->
     return rows
 
 
-def own_texts(base: Base, tokenizer: Tokenizer, seed: int, progress: str | None = None) -> list[Example]:
+def own_texts(base: Base, tokenizer: Tokenizer, seed: int) -> list[Example]:
     """Texts that a model writes by itself, each after a random word (Liu et al. 2023, arXiv 2305.17888).
 
     Args:
         base: The model as it is.
         tokenizer: Its own.
         seed: Of what is drawn.
-        progress: Name of a progress bar.
 
     Returns:
         OWN_TEXTS examples as :func:`encode_texts` gives them.
@@ -67,15 +65,13 @@ def own_texts(base: Base, tokenizer: Tokenizer, seed: int, progress: str | None 
     first = ordinary[torch.randint(len(ordinary), (OWN_TEXTS,), generator=draw)].tolist()
     length = min(OWN_WORDS, (base.context_length or OWN_WORDS + 1) - 1)
     writer = Writer(tokenizer, Generation(length, stop=""))
-    rows = []
-    with Progress(OWN_TEXTS, progress, "texts") as shown, torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(draw.initial_seed())
-        for start in range(0, OWN_TEXTS, BATCH):
-            group = [[word] for word in first[start : start + BATCH]]
-            for begun, (ids,) in zip(group, writer.continuations(base, group, draws=1), strict=True):
-                rows.append(Example((begun + ids)[:-1], [ids[-1:]], 0, score_prompt=True))
-            shown.add(len(group))
-    return rows
+        written = writer.continuations(base, [[word] for word in first], draws=1)
+    return [
+        Example([word, *ids[:-1]], [ids[-1:]], 0, score_prompt=True)
+        for word, (ids,) in zip(first, written, strict=True)
+    ]
 
 
 def token_loss(base: Base, texts: Sequence[Example], batch_size: int) -> float:

@@ -16,7 +16,7 @@ from xgblora.config import RunConfig, too_few_rows
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming, one_line
 from xgblora.learn.evaluate import Evaluation, evaluate_together
-from xgblora.learn.forgetting import encode_texts, own_texts, read_texts, token_loss
+from xgblora.learn.forgetting import OWN_TEXTS, encode_texts, own_texts, read_texts, token_loss
 from xgblora.learn.generation import Writer
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
 from xgblora.learn.rewards import Reward, RewardFunction, load_reward
@@ -111,9 +111,9 @@ class Workspace:
             XgbloraError: A file holds none; or the model cannot write, and was asked to.
         """
         if self.keeps(config) == "own":
-            shown = None if config.disable_tqdm else "writing text to keep"
+            logger.info("Writing %d texts, which boosters are to change little (--boost_keep own)", OWN_TEXTS)
             try:
-                return own_texts(self.base, self.tokenizer, config.seed, shown)
+                return own_texts(self.base, self.tokenizer, config.seed)
             except Exception as error:  # transformers writes for many architectures, in as many ways
                 message = f"{type(self.base.model).__name__} cannot write text by itself ({one_line(error)})"
                 if config.given("boost_keep"):
