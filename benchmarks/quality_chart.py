@@ -2,8 +2,8 @@
 
     python benchmarks/quality_chart.py docs/quality.png runs/boost runs/lora ...
 
-Folders of runs of ``xgblora train`` or of the other benchmarks. Up is better: accuracy of chosen answers, and how far
-the loss of written ones fell.
+Folders of runs of ``xgblora train`` or of the other benchmarks, whose order is that of the panels. Up is better: the
+accuracy of chosen answers, and how far the loss of written ones fell.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def named(result: RunResult) -> str:
 
 def draw(results: list[RunResult], path: Path) -> None:
     """Write the chart."""
-    panels = sorted({(result.model, result.task) for result in results}, key=lambda key: (key[0] != "SmolLM2", key))
+    panels = list(dict.fromkeys((result.model, result.task) for result in results))
     methods = sorted({named(result) for result in results})
     figure = Figure(figsize=(5.5 * len(panels), 8), layout="constrained")
     rows = figure.subplots(2, len(panels), squeeze=False)

@@ -64,8 +64,8 @@ class Observed(Seen):
 
     kernel: Kernel
     """Of the first positions, the landmarks, or of all."""
-    others: Tensor | None
-    """Coordinates of those behind them, (T - landmarks, landmarks) float32. Their inputs are not kept."""
+    known: Tensor | None
+    """Coordinates of all, (T, landmarks) float32, where not all are landmarks. The others' inputs are not kept."""
 
     @property
     def inputs(self) -> Sequence[Tensor]:
@@ -75,8 +75,7 @@ class Observed(Seen):
     @property
     def coordinates(self) -> Tensor:
         """Of all positions, (T, landmarks) float32."""
-        landmarks = self.kernel.landmarks
-        return landmarks if self.others is None else torch.cat([landmarks, self.others])
+        return self.kernel.landmarks if self.known is None else self.known
 
 
 class Forwards:
@@ -157,18 +156,24 @@ class Forwards:
         """What the next observations say, which are those of these batches."""
         inputs: list[list[Tensor]] = []
         sizes: list[list[float]] = []
-        coordinates: list[Tensor] = []
         kept = _Kept()
         for observation in islice(seen, len(landmarks)):
             inputs.append(observation.inputs)
             sizes.append(observation.sizes)
             kept.keep(observation)
         kernel = Kernel([torch.cat(rows) for rows in zip(*inputs, strict=True)], self._weights(sizes))
-        for observation in islice(seen, len(others)):
-            coordinates.append(kernel.coordinates(observation.inputs))
-            kept.keep(observation)
-        batches = [*landmarks, *others]
-        return Observed(batches, *kept.together, kernel, torch.cat(coordinates) if others else None)
+        batches, known = [*landmarks, *others], None
+        if others:
+            first = kernel.landmarks
+            known = first.new_empty(sum(batch.read.numel() for batch in batches), len(first))
+            known[: len(first)] = first
+            end = len(first)
+            for observation in islice(seen, len(others)):
+                rows = kernel.coordinates(observation.inputs)
+                known[end : end + len(rows)] = rows
+                end += len(rows)
+                kept.keep(observation)
+        return Observed(batches, *kept.together, kernel, known)
 
     def _weights(self, sizes: Sequence[Sequence[float]]) -> list[float] | None:
         """How much each layer counts, with the lengths that batches saw around them. None: all alike."""
