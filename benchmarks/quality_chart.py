@@ -23,7 +23,7 @@ def reached(result: RunResult) -> tuple[float, str]:
     """How good a run is, and the unit of that."""
     if result.metric in (None, "macro_f1"):
         return 100 * result.accuracy, "test accuracy (%)"
-    return result.zero_shot_loss - result.eval_loss, "fall of the test loss (nats a token)"
+    return result.zero_shot_loss - result.eval_loss, "fall of the test loss\n(nats a token)"
 
 
 def zero_shot(result: RunResult) -> float:
@@ -40,11 +40,11 @@ def draw(results: list[RunResult], path: Path) -> None:
     """Write the chart."""
     panels = list(dict.fromkeys((result.model, result.task) for result in results))
     methods = sorted({named(result) for result in results})
-    figure = Figure(figsize=(5.5 * len(panels), 8), layout="constrained")
-    rows = figure.subplots(2, len(panels), squeeze=False)
-    for axes, (metric, (factor, name)) in zip(rows, MEASURES.items(), strict=True):
-        for place, (model, task) in zip(axes, panels, strict=True):
-            of_panel = [result for result in results if (result.model, result.task) == (model, task)]
+    figure = Figure(figsize=(11, 0.8 + 2.9 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 2, squeeze=False)
+    for axes, (model, task) in zip(rows, panels, strict=True):
+        of_panel = [result for result in results if (result.model, result.task) == (model, task)]
+        for place, (metric, (factor, name)) in zip(axes, MEASURES.items(), strict=True):
             _panel(place, of_panel, methods, metric, factor)
             place.set(title=f"{task}, {Path(model).stem}", xlabel=name, ylabel=reached(of_panel[0])[1])
     handles = {
@@ -61,7 +61,7 @@ def _panel(axes: Axes, results: list[RunResult], methods: list[str], metric: str
         axes.plot(cost, good, "os^Dv"[number % 5], color=COLOURS[number % 4], markersize=9, label=named(result))
         axes.annotate(named(result), (cost, good), (8, -4), textcoords="offset points", fontsize="small")
     axes.axhline(zero_shot(results[0]), color="grey", linestyle="--", linewidth=1, label="zero-shot")
-    axes.set_xlim(left=0, right=1.45 * max(factor * (getattr(result, metric) or 0.0) for result in results))
+    axes.set_xlim(left=0, right=1.7 * max(factor * (getattr(result, metric) or 0.0) for result in results))
     axes.grid(alpha=0.3)
 
 
