@@ -49,6 +49,10 @@ class Seen:
         """What was forwarded, in the order of the batches."""
         return [example for batch in self.batches for example in batch.examples]
 
+    def opinion(self, outputs: Tensor) -> Tensor:
+        """``written`` along directions (directions, hidden): (T, directions), or (T, 1) zeros where there is none."""
+        return self.hidden.new_zeros(len(self.hidden), 1) if self.written is None else self.written @ outputs.T
+
 
 @dataclass(frozen=True)
 class Beside(Seen):

@@ -77,7 +77,7 @@ def fit(
     draw = generator(0, Stream.CURVATURE)
     bend = loss.bend(seen.hidden, outputs, draw, undecided=True)
     weight = penalty * bend.curvature.clamp(min=torch.finfo(torch.float32).tiny)
-    opinion = seen.hidden.new_zeros(len(coordinates), 1) if seen.written is None else seen.written @ outputs.T
+    opinion = seen.opinion(outputs)
     unit = coordinates.norm() / opinion.norm() if opinion.any() else opinion.new_zeros(())  # like the others together
     beside = None if kept is None else kept.cost(outputs, unit, draw)
     cost = Penalised(loss, seen.hidden, outputs, Change(coordinates, opinion, unit), weight, beside)

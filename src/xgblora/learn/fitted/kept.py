@@ -31,12 +31,11 @@ class Kept:
 
     def cost(self, outputs: Tensor, unit: Tensor, draw: torch.Generator) -> tuple[Change, Bend]:
         """f there along ``outputs`` (directions, hidden), as :class:`Penalised` takes it, and what it costs."""
-        hidden, written = self.seen.hidden, self.seen.written
-        self.loss.expand(hidden)
-        bend = self.loss.bend(hidden, outputs, draw)
+        self.loss.expand(self.seen.hidden)
+        bend = self.loss.bend(self.seen.hidden, outputs, draw)
         self.loss.expand(None)
-        opinion = hidden.new_zeros(len(hidden), len(outputs)) if written is None else written @ outputs.T
-        return Change(self.seen.coordinates, opinion, unit), replace(bend, factors=bend.factors * self.weight**0.5)
+        change = Change(self.seen.coordinates, self.seen.opinion(outputs), unit)
+        return change, replace(bend, factors=bend.factors * self.weight**0.5)
 
 
 def look_beside(forwards: Forwards, texts: Sequence[Example], seen: Observed) -> Kept:

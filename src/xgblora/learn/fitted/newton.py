@@ -80,7 +80,11 @@ class Penalised:
 
     def penalised(self, b: Tensor) -> Tensor:
         """The penalties' slope, which is linear in b."""
-        return torch.cat([self.weight * b[:-1], torch.zeros_like(b[-1:])]) + self._moving(b)
+        return self._shrinking(b) + self._moving(b)
+
+    def _shrinking(self, b: Tensor) -> Tensor:
+        """The ridge penalty's slope."""
+        return torch.cat([self.weight * b[:-1], torch.zeros_like(b[-1:])])
 
     def _moving(self, b: Tensor) -> Tensor:
         """The slope of what it costs to change other text."""
@@ -99,8 +103,7 @@ class Penalised:
 
     def steepness(self, b: Tensor, bend: Bend) -> Tensor:
         """About the diagonal of its second derivative, in the shape of ``b``."""
-        ridge = torch.cat([self.weight.expand_as(b[:-1]), torch.zeros_like(b[-1:])])
-        steepness = self.change.steepness(bend.factors) + ridge
+        steepness = self.change.steepness(bend.factors) + self._shrinking(torch.ones_like(b))
         return steepness if self.kept is None else steepness + self.kept[0].steepness(self.kept[1].factors)
 
 

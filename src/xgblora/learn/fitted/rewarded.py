@@ -1,7 +1,7 @@
 """What answers are worth, as what a model is to say."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,8 +47,7 @@ class Rewards:
 
     def tau(self, examples: Sequence[Example]) -> float:
         """In units of the rewards. Raises :class:`XgbloraError` where no example has a better and a worse option."""
-        variances = [self._of(example).double().var(correction=0) for example in examples]
-        spread = torch.stack(variances).mean().sqrt().item()
+        spread = _spread([self._of(example) for example in examples])
         if spread == 0:
             raise XgbloraError(
                 "the reward is the same for all options of every training row: it must tell a better one from a worse"
@@ -64,6 +63,11 @@ class Rewards:
         """The mean reward of answers as often as the model gives them."""
         chances = loss.probabilities(seen.hidden)
         return (chances * self.table(seen.examples).to(chances.device)).sum(1).mean().item()
+
+
+def _spread(rewards: Iterable[Tensor]) -> float:
+    """Standard deviation of rewards around the mean of their example's, whose answers' are a row each."""
+    return torch.stack([row.double().var(correction=0) for row in rewards]).mean().sqrt().item()
 
 
 class Drawn:
@@ -91,7 +95,7 @@ class Drawn:
             torch.manual_seed(draw.initial_seed())
             judged = [list(self.written(group)) for group in groups]
         worth = torch.tensor([rewards for group in judged for _, rewards in group], dtype=torch.float64)
-        tau = self.temperature * worth.var(1, correction=0).mean().sqrt().item()
+        tau = self.temperature * _spread(worth)
         chosen: list[list[Example]] = []
         for group, answers in zip(groups, judged, strict=True):
             chosen.append([])
