@@ -3,12 +3,13 @@
     python benchmarks/boosting.py [--tasks RottenTomatoes IMDB40 DebianSections] [--methods boost zo_lora_r1 ...]
                                   [--seeds 0 1 2 3 4] [--fixed zo_lora_r1=3e-3 ...] [--output_root runs/boosting]
                                   [--model_name SmolLM2-135M-Instruct] [--unpack] [--prompt_beginning auto]
-                                  [--num_dev 200] [--num_eval 300]
+                                  [--num_dev 200] [--num_eval 300] [--backprop_steps 100] [--other_text FILE]
 
-The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows, where no other numbers are asked for; every
-seed draws its own training and dev rows, the same ones for all methods. The learning rate (for boost: the ridge) of a
-method is, for each task, the one of its three trials with the lowest dev loss at the first seed, or what ``--fixed``
-says; test rows choose nothing.
+
+A task may be a task file, too. The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows, where no
+other numbers are asked for; every seed draws its own training and dev rows, the same ones for all methods. The learning
+rate (for boost: the ridge) of a method is, for each task, the one of its three trials with the lowest dev loss at the
+first seed, or what ``--fixed`` says; test rows choose nothing. Commands with other tasks or methods may share a folder.
 Finished runs are kept, so the same command goes on where it was stopped. Written: ``results.json`` for each task, and
 a table on the console with the mean over seeds, the difference to boost paired by seed, and its 95 % bootstrap
 interval; with several tasks, also the mean over them; and ``accuracy.png``.
@@ -46,7 +47,8 @@ COMMON: dict[str, Any] = {
 ADAM = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
 MEZO = {"lora": True, "zo_directions": "shared", "zo_eps": 1e-2}  # SGD at a constant rate, as in arXiv 2305.17333
 # Backpropagation has learned 1,000 rows after 200 steps; its dev loss only rises from there on (docs/experiments.md).
-BACKPROP = {"trainer": "regular", "eval_steps": 50, "max_steps": 200} | ADAM
+BACKPROP_STEPS = 200
+BACKPROP = {"trainer": "regular", "eval_steps": 50} | ADAM
 RIDGES = (0.3, 1.0, 3.0)
 SGD_RATES, ZO_RATES, BACKPROP_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 1.7e-3, 3e-3), (2e-4, 5e-4, 1e-3)
 
@@ -95,6 +97,12 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
 TRAINED = [method for method in METHODS if method not in ("probe", "calibrated", "centroid")]
 """What is compared where nobody says otherwise: methods that every task can have."""
 
+MEANS = (
+    *("dev_accuracy", "dev_loss", "zero_shot_loss", "eval_loss", "score", "zero_shot_other_text_loss"),
+    *("other_text_loss", "forward_sequences", "forward_tokens", "training_seconds"),
+)
+"""Of a row of the table, over its seeds."""
+
 LABELS = {
     "in_context": "answered examples in context",
     "probe": "a probe of hidden states",
@@ -119,8 +127,9 @@ class Runs:
     """Runs of the comparison, each carried out once."""
 
     def __init__(self, root: Path, task: str, common: Mapping[str, Any], fixed: Mapping[str, float]) -> None:
-        self.root = root / task
-        self.task = task
+        self.root = root / Path(task).stem
+        self.task = Path(task).stem
+        self._named = {"task_name" if task in TASKS else "task_file": task}
         self.common = common
         self.fixed = fixed
         self._workspace: tuple[int, Workspace] | None = None
@@ -129,7 +138,10 @@ class Runs:
         """What one run reached, from its folder where it is finished."""
         flags, tuned, _ = METHODS[method]
         folder = self.root / f"{method}_{tuned}_{value:g}_seed{seed}"
-        values = {"per_device_train_batch_size": 16, **self.common, "task_name": self.task} | flags
+        values = {"per_device_train_batch_size": 16, **self.common} | self._named | flags
+        backprop_steps = values.pop("backprop_steps")
+        if "backprop" in method:
+            values["max_steps"] = backprop_steps
         if "boost" in method:  # a step is a booster
             del values["per_device_train_batch_size"], values["max_steps"]
         value = int(value) if tuned == "num_train" else value
@@ -171,18 +183,19 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, 
     for method, group in results.items():
         row: dict[str, Any] = {"method": method, METHODS[method][1]: chosen[method]}
         row |= {"test": accuracies[method].tolist()} | difference(accuracies, method)
-        for name in ("dev_accuracy", "eval_loss", "forward_sequences", "forward_tokens", "training_seconds"):
+        for name in MEANS:
             row[name] = float(np.mean([getattr(result, name) or 0.0 for result in group]))
         row["peak_memory_mb"] = max(result.peak_memory_mb or 0.0 for result in group)
         row["zero_shot"] = 100 * float(np.mean([result.zero_shot_accuracy for result in group]))
         rows.append(row)
     table = _table(f"{runs.task}, {results[methods[0]][0].rows['evaluation']:,} test rows, {len(seeds)} seeds")
-    for title in ("tuned", "dev %", "test loss", "sequences", "tokens", "train s", "peak MB"):
+    for title in ("tuned", "dev %", "test loss", "score %", "sequences", "tokens", "train s", "peak MB"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
             *_cells(row),
             *(f"{chosen[row['method']]:g}", f"{100 * row['dev_accuracy']:.1f}", f"{row['eval_loss']:.3f}"),
+            f"{100 * row['score']:.1f}",
             *(f"{row['forward_sequences']:,.0f}", f"{row['forward_tokens']:,.0f}", f"{row['training_seconds']:.0f}"),
             f"{row['peak_memory_mb']:,.0f}",
         )
@@ -239,7 +252,7 @@ def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     """Run what is missing, then print and write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["RottenTomatoes"], choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=["RottenTomatoes"], help="Names, or task files.")
     parser.add_argument("--methods", nargs="+", default=TRAINED, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--output_root", type=Path, default=Path("runs/boosting"))
@@ -249,13 +262,18 @@ def main() -> None:
     parser.add_argument("--unpack", action="store_true", help="Unpack a .gguf file once, as train --unpack does.")
     parser.add_argument("--prompt_beginning", default="none", help="As train --prompt_beginning, for every method.")
     parser.add_argument("--num_eval", type=int, default=COMMON["num_eval"], help="Test rows, at most.")
+    parser.add_argument("--backprop_steps", type=int, default=BACKPROP_STEPS, help="Steps of backpropagation.")
+    parser.add_argument("--other_text", help="As train --other_text: what a method forgets.")
     parser.add_argument("--num_dev", type=int, default=COMMON["num_dev"], help="Dev rows.")
     asked = parser.parse_args()
     fixed = {method: float(value) for method, value in (pair.split("=") for pair in asked.fixed)}
+    if unknown := [task for task in asked.tasks if task not in TASKS and not Path(task).is_file()]:
+        parser.error(f"no task and no task file: {', '.join(unknown)}")
     if strangers := fixed.keys() - set(asked.methods):
         parser.error(f"--fixed names {', '.join(sorted(strangers))}, which --methods does not")
     common = COMMON | {"max_steps": asked.steps, "model_name": asked.model_name, "unpack": asked.unpack}
-    common |= {"prompt_beginning": asked.prompt_beginning, "num_eval": asked.num_eval, "num_dev": asked.num_dev}
+    common |= {name: getattr(asked, name) for name in ("prompt_beginning", "num_eval", "num_dev", "backprop_steps")}
+    common |= {"other_text": asked.other_text}
     tables = {
         task: compare(Runs(asked.output_root, task, common, fixed), asked.methods, asked.seeds) for task in asked.tasks
     }

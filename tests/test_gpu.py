@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from random_gguf import write_random_gguf
 from transformers import LlamaConfig
 
 from conftest import ARCHITECTURES, Run, build, examples, train
-from xgblora import Base, Batch, attach, evaluate, residual_writers
+from xgblora import Base, Batch, OptionLoss, TextLoss, attach, evaluate, residual_writers
 from xgblora.base import wheels
 from xgblora.base.load import load_model
+from xgblora.learn.fitted.activations import Forwards
+from xgblora.learn.fitted.boost import boost
+from xgblora.learn.losses import AnswerLoss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,6 +72,21 @@ def test_a_run_is_that_of_the_cpu_to_rounding(name: str, tmp_path: Path) -> None
     assert len(losses) > 2
     assert others == pytest.approx(losses, rel=2e-3, abs=2e-4)
     assert on_gpu.ledger.adapters.boosters == on_cpu.ledger.adapters.boosters
+
+
+@pytest.mark.parametrize("loss", [OptionLoss(), TextLoss()], ids=["options", "text"])
+def test_a_booster_beside_kept_text_is_that_of_the_cpu_to_rounding(loss: AnswerLoss) -> None:
+    kept = [replace(row, score_prompt=True) for row in examples(60, seed=1)]
+    boosters = []
+    for device in (torch.device("cpu"), DEVICE):
+        adapters = attach(build(ARCHITECTURES["llama"]).to(device), 2, 16, ["o_proj"], xgblora=True)
+        forwards = Forwards(adapters, loss)
+        forwards.kept, forwards.keep_weight = kept, 2.0
+        boosters.append(boost(forwards, examples(80), examples(40, seed=9)))
+    on_cpu, on_gpu = boosters
+    assert on_gpu.before == pytest.approx(on_cpu.before, rel=1e-4)
+    assert on_gpu.after == pytest.approx(on_cpu.after, rel=5e-3)
+    assert on_cpu.after < on_cpu.before - 0.01
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -187,7 +206,16 @@ def test_directions_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--lora", "--xgblora --trainer regular", "--recipe boost", "--train_as_classification false"]
+    "flags",
+    [
+        "--lora",
+        "--xgblora --trainer regular",
+        "--lora --trainer regular --gradient_checkpointing",
+        "--recipe boost",
+        "--recipe boost --reward accuracy",
+        "--recipe boost --train_as_classification false",
+        "--train_as_classification false",
+    ],
 )
 def test_commands_run(flags: str, small: list[str], data_folder: Path, run: Run, tmp_path: Path) -> None:
     on_gpu = small[: small.index("--use_cpu")]
