@@ -88,6 +88,7 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "calibrated": ("--trainer none --task_name COPA --data_dir FOLDER/copa", "true"),
     "readout": ("--trainer none --num_train 30", "centroid"),
     "recipe": ("--num_train_epochs 1", "boost"),
+    "base_score": (SHORT, "8"),
     "xgblora": (SHORT.replace(" --lora --lora_r 2", ""), "true"),
     "lora_r": (SHORT, "3"),
     "lora_alpha": (SHORT, "8"),

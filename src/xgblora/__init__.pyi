@@ -5,6 +5,7 @@ from .base import Base, load_model
 from .config import RunConfig
 from .data.batch import Batch, Example
 from .errors import DivergedError, XgbloraError
+from .learn.base_score import add_base_score
 from .learn.evaluate import evaluate, evaluate_stages
 from .learn.fitted.writers import last_writers, residual_writers
 from .learn.losses import OptionLoss, TextLoss
@@ -31,6 +32,7 @@ __all__ = [
     "TextLoss",
     "Trainer",
     "XgbloraError",
+    "add_base_score",
     "attach",
     "encode",
     "evaluate",

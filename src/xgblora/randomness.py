@@ -31,6 +31,8 @@ class Stream(IntEnum):
     """What a model writes by itself."""
     ANSWERS = 10
     """Answers that are drawn to be judged, and which of them are learned from."""
+    BASE_SCORE = 11
+    """Examples that a constant is fitted to, and the probes that find it."""
 
 
 def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:

@@ -138,6 +138,13 @@ class Adapters:
         lowest = min((-1 if home is None else home) for home in chosen)
         self.lowest_layer = self._blocks[lowest] if lowest > 0 else None
 
+    def last_in_training(self) -> list[str]:
+        """Names of the layers that train in the highest decoder layer that has some."""
+        training = {layer for layer, _, _ in self.slices}
+        homes = {name: self._home[name] for name, layer in self.layers.items() if layer in training}
+        highest = max((home for home in homes.values() if home is not None), default=None)
+        return [name for name, home in homes.items() if home == highest]
+
     @property
     def same_layers_next(self) -> bool:
         """Whether every pair trains in the same layers, so that no booster comes to lie below the next pair."""
@@ -173,6 +180,15 @@ class Adapters:
             layer.booster_A = torch.cat([layer.booster_A, layer.lora_A])
             layer.booster_B = torch.cat([layer.booster_B, layer.lora_B], dim=1)
         self.ranks.append(self.rank)
+
+    @torch.no_grad()
+    def add_booster(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Append a booster of rank 1 to the frozen stack: A (1, in) and B (out, 1) of one layer, zero in the others."""
+        for other, layer in self.layers.items():
+            a, b = (A, B) if other == name else (A.new_zeros(1, layer.in_features), B.new_zeros(layer.out_features, 1))
+            layer.booster_A = torch.cat([layer.booster_A, a])
+            layer.booster_B = torch.cat([layer.booster_B, b], dim=1)
+        self.ranks.append(1)
 
     def resize_pair(self, rank: int) -> None:
         """Give the pair in training another rank, with the same scaling. What it was is lost: it is zero."""

@@ -54,6 +54,8 @@ def banner(config: Any) -> list[str]:
     """The configuration block that every run logs before it starts, line by line."""
     rule = "=" * 80
     lines = [f"  Alpha: {config.lora_alpha:g}", f"  Scaling (alpha/r): {config.scaling}"]
+    if config.base_score and config.recipe == "classic":
+        lines.append(f"  Base score: a constant, from {config.base_score} examples")
     if config.method == "lora":
         return [rule, "Standard LoRA Configuration:", f"  Rank: {config.rank}", *lines, rule]
     classic = config.recipe == "classic"

@@ -150,9 +150,7 @@ class Flags(TrainingArguments):
     reward_samples: int = flag(
         4, "Expected rewards of written answers: how many are drawn for every prompt.", at_least(2), REWARD
     )
-    reward_length_penalty: float = flag(
-        0.0, "Subtracted from a reward for every word of the completion.", NOT_NEGATIVE, REWARD
-    )
+    reward_length_penalty: float = flag(0.0, "Subtracted for every word of the completion.", NOT_NEGATIVE, REWARD)
 
     # --- Method ---
     trainer: Literal["zo", "regular", "none"] = flag(
@@ -174,6 +172,12 @@ class Flags(TrainingArguments):
         "How XGBLoRA's pairs are trained. classic: by the trainer's gradient, from a random A; boost: fitted to "
         "pseudo-residuals by forward passes alone, a booster in one step (implies --xgblora).",
     )
+    base_score: int = flag(
+        0,
+        "Start from a constant, fitted to so many training examples: options that the base likes for their own sake "
+        "cost no steps then. 64 is enough; 0: none.",
+        *(NOT_NEGATIVE, TRAINS, CLASSIC),
+    )
     lora: bool = flag(False, "Train one low-rank adapter (the default method).")
     xgblora: bool = flag(False, "Train rank-1 boosters, one after the other.")
     lora_r: int | None = flag(
@@ -183,9 +187,7 @@ class Flags(TrainingArguments):
     init_adapter: str | None = flag(
         None, "Folder of a PEFT LoRA whose ranks become the first boosters (with --xgblora)."
     )
-    lora_target_modules: list[str] = flag(
-        list, "Names of the layers to adapt; default: PEFT's choice for the architecture."
-    )
+    lora_target_modules: list[str] = flag(list, "Names of the layers to adapt. Default: PEFT's for the architecture.")
 
     # --- When a pair becomes a booster ---
     xgblora_steps_per_iteration: int = flag(

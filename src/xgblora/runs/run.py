@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from xgblora.adapters.adapters import Adapters, LayerSubset, attach
@@ -18,10 +19,13 @@ from xgblora.config import RunConfig, banner, notes
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
 from xgblora.files import add_card, require_writable, verify, write_atomically
+from xgblora.learn.base_score import add_base_score, require_same_options
+from xgblora.learn.cost import Cost
 from xgblora.learn.evaluate import Evaluation, right, score
 from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import last_writers, require_writers, residual_writers
 from xgblora.learn.readout import fit_readout
+from xgblora.randomness import Stream, generator
 from xgblora.report import METRICS, RunResult
 from xgblora.runs.card import CardFacts, card
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
@@ -81,7 +85,8 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         prepare_folder(config, workspace.contents(config))
         scores, work = _untrained(config, workspace)
     else:
-        # First of all: it may refuse, and then nothing was written.
+        # First of all: these may refuse, and then nothing was written.
+        _base_score_rows(config, workspace)
         adapters = attach_for(config, workspace.base, workspace.classification)
         try:
             ledger = Ledger(adapters)
@@ -196,6 +201,19 @@ def attach_for(config: RunConfig, base: Base, classification: bool) -> Adapters:
     return adapters
 
 
+def _base_score_rows(config: RunConfig, workspace: Workspace) -> list[Example]:
+    """The training rows of ``--base_score``. Raises :class:`XgbloraError` where no constant can be fitted to them."""
+    if not config.base_score or config.recipe != "classic":
+        return []
+    if not workspace.classification or (workspace.reward is not None and workspace.reward.writes):
+        raise XgbloraError("--base_score makes options likelier, and here answers are written: leave it out")
+    rows = workspace.train
+    order = torch.randperm(len(rows), generator=generator(config.seed, Stream.BASE_SCORE)).tolist()
+    chosen = [rows[place] for place in order[: config.base_score]]
+    require_same_options(chosen)
+    return chosen
+
+
 def _checkpoint(config: RunConfig) -> Path | None:
     """Where training goes on; None where it begins. Raises :class:`XgbloraError` where that is no checkpoint."""
     asked, folder = config.resume_from_checkpoint, folder_of(config)
@@ -222,7 +240,12 @@ def _train(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train, save the adapter, and say what it took."""
-    folder = folder_of(config)
+    folder, memory = folder_of(config), PeakMemory(config.device)
+    cost, started = Cost(), time.perf_counter()
+    if checkpoint is None and (rows := _base_score_rows(config, workspace)):
+        worth = None if workspace.reward is None else workspace.reward.of_options
+        cost = add_base_score(ledger, rows, worth, config.seed)
+    begun = time.perf_counter() - started
     trainer = Trainer(
         model=workspace.base.model,
         args=config,
@@ -234,11 +257,11 @@ def _train(
     if kept:
         trainer.method.keep(kept)
     recorder = CurveRecorder(folder, ledger)
+    trainer.meter.cost, recorder.seconds = cost, begun
     trainer.add_callback(recorder)
     trainer.add_callback(stop)
     if checkpoint is not None:
         logger.info("Resuming from %s", checkpoint)
-    memory = PeakMemory(config.device)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = memory.read()
     if (folder / EVAL_LOSS).stat().st_size == 0:
