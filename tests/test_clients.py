@@ -1,6 +1,8 @@
 """Other tools load what a run leaves, and find the numbers that xgblora finds: the scripts of examples/clients."""
 
+import csv
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -10,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from xgblora import load_run
 from xgblora.base.wheels import shipped_file
 from xgblora.cli import main
 from xgblora.config import EMBEDDED_MODEL
@@ -50,6 +56,46 @@ def ours(made: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "xgblora", "eval", str(made / "run"), "--file", str(ROWS), "--format", "json"]
     judged: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return judged
+
+
+WRITTEN = """\
+data: {{train: {folder}/train.csv, test: {folder}/test.csv}}
+prompt: "{{{{ description }}}}. This is software for"
+answer: section
+generate: {{max_new_tokens: 5}}
+num_dev: 10
+"""
+
+
+def test_what_a_model_writes(tmp_path: Path) -> None:
+    """Boosters of text: plain PEFT, and transformers with the merged model, write what xgblora predict writes."""
+    task = tmp_path / "written.yaml"
+    task.write_text(WRITTEN.format(folder=(ROOT / "examples" / "own_data").as_posix()), encoding="utf-8")
+    run = tmp_path / "run"
+    flags = "--recipe boost --boost_boosters 2 --num_eval 10 --dtype float32 --disable_tqdm true --use_cpu true"
+    assert main(["train", "--task_file", str(task), *flags.split(), "--output_dir", str(run)]) == 0
+    for settings in ("--boosters 0 --output base", "--output merged"):
+        *choice, output = settings.split()
+        assert main(["export", str(run), "--format", "merged", *choice, str(tmp_path / output)]) == 0
+    rows = list(csv.DictReader(io.StringIO(ROWS.read_text(encoding="utf-8"))))[:24]
+    with load_run(run) as model:
+        ours = [prediction.answer for prediction in model.predictions(rows)]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    before = [written(base, tokenizer, row["description"]) for row in rows]
+    plain = PeftModel.from_pretrained(base, str(run / "adapter"))
+    for other in (plain, merged):
+        assert [written(other, tokenizer, row["description"]) for row in rows] == ours
+    assert sum(a != b for a, b in zip(before, ours, strict=True)) > len(rows) // 2
+    assert len(set(ours)) > 2
+
+
+def written(model: Any, tokenizer: Any, description: str) -> str:
+    """What transformers writes greedily, up to the end of the line."""
+    asked = tokenizer(f"\n{description}. This is software for", return_tensors="pt")
+    ids = model.generate(**asked, do_sample=False, max_new_tokens=5, pad_token_id=0)[0, asked["input_ids"].shape[1] :]
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).split("\n")[0].strip()
 
 
 def printed_by(command: list[str], folder: Path = ROOT) -> str:
