@@ -117,6 +117,23 @@ def test_nothing_is_added_where_nothing_helps() -> None:
     assert all(map(torch.equal, before, (layer.lora_A for layer in ledger.adapters.layers.values())))
 
 
+def test_a_pair_that_has_learned_something_is_refused() -> None:
+    ledger = Ledger(attach(build(ARCHITECTURES["llama"])))
+    with torch.no_grad():
+        next(iter(ledger.adapters.layers.values())).lora_B[0] = 1
+    with pytest.raises(XgbloraError, match="merge it before a base score"):
+        add_base_score(ledger, lopsided(8))
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    model = build(ARCHITECTURES["llama"])
+    ledger = Ledger(attach(model))
+    evaluate(ledger.adapters.base, lopsided(8))  # how the model runs is measured while it is sound
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(XgbloraError, match="scores are not finite"):
+        add_base_score(ledger, lopsided(8))
+
+
 def test_a_model_without_layers_to_look_into_is_refused() -> None:
     ledger = Ledger(attach(tiny("openai-gpt")))
     with pytest.raises(XgbloraError, match="--base_score finds no decoder layers"):

@@ -51,7 +51,8 @@ def add_base_score(
         The forward work. Where no constant lowers the loss, no booster is added.
 
     Raises:
-        XgbloraError: The examples have different options, or only one; or the model's layers cannot be looked into.
+        XgbloraError: The examples have different options, or only one; the model's layers cannot be looked into; the
+            pair in training has learned something; or scores are not finite.
 
     Example::
 
@@ -63,6 +64,9 @@ def add_base_score(
     adapters = ledger.adapters
     if not adapters.base.layers:
         raise XgbloraError(f"--base_score finds no decoder layers in {type(adapters.model).__name__}: leave it out")
+    if any(bool(layer.lora_B.any()) for layer in adapters.layers.values()):
+        raise XgbloraError("the pair in training has learned something: merge it before a base score (Ledger.merge)")
+    logger.info("Fitting a constant to %d examples (--base_score)", len(rows))
     with adapters.base.without_gradients():
         search = _Search(adapters, rows, worth, generator(seed, Stream.BASE_SCORE, adapters.boosters))
         name, B, after = search.best_layer()
@@ -116,6 +120,8 @@ class _Search:
             layer.lora_A.zero_()
             layer.lora_B.zero_()
         self.scores = self._look()
+        if not self.scores.isfinite().all():
+            raise XgbloraError("--base_score: the base's scores are not finite: load it in float32 or bfloat16")
         self.targets = self._targets(rows, worth)
 
     def _look(self) -> Tensor:
@@ -156,6 +162,8 @@ class _Search:
     def _along(self, name: str) -> Tensor:
         """The shortest B (out,), of those that were probed, that moves all scores by what :meth:`_constants` says."""
         directions, moved = self._respond(name)
+        if not moved.isfinite().all():
+            return torch.zeros_like(directions[0])
         weights = torch.linalg.pinv(moved.double()).T @ self._constants()
         return weights.float() @ directions
 
