@@ -174,8 +174,8 @@ class Flags(TrainingArguments):
     )
     base_score: int = flag(
         0,
-        "Start from a constant, fitted to so many training examples: options that the base likes for their own sake "
-        "cost no steps then. 64 is enough; 0: none.",
+        "Start from a constant, fitted to so many training examples, so that the base likes no option for its own "
+        "sake: what a reward needs. 64 is enough; 0: none.",
         *(NOT_NEGATIVE, TRAINS, CLASSIC),
     )
     lora: bool = flag(False, "Train one low-rank adapter (the default method).")
