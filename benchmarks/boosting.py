@@ -5,7 +5,6 @@
                                   [--model_name SmolLM2-135M-Instruct] [--unpack] [--prompt_beginning auto]
                                   [--num_dev 200] [--num_eval 300] [--backprop_steps 100] [--other_text FILE]
 
-
 A task may be a task file, too. The model in bfloat16: 1,000 training, 500 dev and at most 2,000 test rows, where no
 other numbers are asked for; every seed draws its own training and dev rows, the same ones for all methods. The learning
 rate (for boost: the ridge) of a method is, for each task, the one of its three trials with the lowest dev loss at the
@@ -97,10 +96,8 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
 TRAINED = [method for method in METHODS if method not in ("probe", "calibrated", "centroid")]
 """What is compared where nobody says otherwise: methods that every task can have."""
 
-MEANS = (
-    *("dev_accuracy", "dev_loss", "zero_shot_loss", "eval_loss", "score", "zero_shot_other_text_loss"),
-    *("other_text_loss", "forward_sequences", "forward_tokens", "training_seconds"),
-)
+MEANS = "dev_accuracy dev_loss zero_shot_loss eval_loss score zero_shot_other_text_loss other_text_loss".split()
+MEANS += ["forward_sequences", "forward_tokens", "training_seconds"]
 """Of a row of the table, over its seeds."""
 
 LABELS = {
@@ -127,8 +124,8 @@ class Runs:
     """Runs of the comparison, each carried out once."""
 
     def __init__(self, root: Path, task: str, common: Mapping[str, Any], fixed: Mapping[str, float]) -> None:
-        self.root = root / Path(task).stem
         self.task = Path(task).stem
+        self.root = root / self.task
         self._named = {"task_name" if task in TASKS else "task_file": task}
         self.common = common
         self.fixed = fixed
@@ -195,7 +192,7 @@ def compare(runs: Runs, methods: list[str], seeds: list[int]) -> list[dict[str, 
         table.add_row(
             *_cells(row),
             *(f"{chosen[row['method']]:g}", f"{100 * row['dev_accuracy']:.1f}", f"{row['eval_loss']:.3f}"),
-            f"{100 * row['score']:.1f}",
+            "" if results[row["method"]][0].score is None else f"{100 * row['score']:.1f}",
             *(f"{row['forward_sequences']:,.0f}", f"{row['forward_tokens']:,.0f}", f"{row['training_seconds']:.0f}"),
             f"{row['peak_memory_mb']:,.0f}",
         )

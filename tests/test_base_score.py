@@ -1,6 +1,7 @@
 """--base_score: a constant that training starts from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,11 +189,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path, model_folde
     whole = train_by_command(tmp_path, model_folder, flags)
     curve = (tmp_path / "run" / "training_loss.jsonl").read_bytes()
     (tmp_path / "run" / "metrics.json").unlink()
-    newest = tmp_path / "run" / "checkpoint-6"
-    assert newest.is_dir()
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     resumed = train_by_command(tmp_path, model_folder, flags)
     assert (tmp_path / "run" / "training_loss.jsonl").read_bytes() == curve
     for name in ("eval_loss", "forward_sequences", "forward_tokens", "rank"):

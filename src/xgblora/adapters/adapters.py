@@ -146,6 +146,11 @@ class Adapters:
         return [name for name, home in homes.items() if home == highest]
 
     @property
+    def pair_is_zero(self) -> bool:
+        """Whether the pair in training adds nothing, as a new one does."""
+        return not any(bool(layer.lora_B.any()) for layer in self.layers.values())
+
+    @property
     def same_layers_next(self) -> bool:
         """Whether every pair trains in the same layers, so that no booster comes to lie below the next pair."""
         return self.subset is not None and self.subset.choice == "top"
@@ -180,15 +185,6 @@ class Adapters:
             layer.booster_A = torch.cat([layer.booster_A, layer.lora_A])
             layer.booster_B = torch.cat([layer.booster_B, layer.lora_B], dim=1)
         self.ranks.append(self.rank)
-
-    @torch.no_grad()
-    def add_booster(self, name: str, A: Tensor, B: Tensor) -> None:
-        """Append a booster of rank 1 to the frozen stack: A (1, in) and B (out, 1) of one layer, zero in the others."""
-        for other, layer in self.layers.items():
-            a, b = (A, B) if other == name else (A.new_zeros(1, layer.in_features), B.new_zeros(layer.out_features, 1))
-            layer.booster_A = torch.cat([layer.booster_A, a])
-            layer.booster_B = torch.cat([layer.booster_B, b], dim=1)
-        self.ranks.append(1)
 
     def resize_pair(self, rank: int) -> None:
         """Give the pair in training another rank, with the same scaling. What it was is lost: it is zero."""

@@ -10,18 +10,20 @@ Spall 1992), so any layer may do. Of the last layers that train, the one with th
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
-from xgblora.adapters.boosters import Booster, Ledger
+from xgblora.adapters.boosters import Ledger
 from xgblora.adapters.linear import Probe
 from xgblora.data.batch import Batch, Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
 from xgblora.learn.fitted.activations import parts
+from xgblora.learn.fitted.recipe import Worth
 from xgblora.learn.fitted.step_length import line_search
 from xgblora.learn.losses import OptionLoss, divergences, option_scores
 from xgblora.randomness import Stream, generator
@@ -36,9 +38,7 @@ PRIOR = 1.0
 
 
 @torch.no_grad()
-def add_base_score(
-    ledger: Ledger, rows: Sequence[Example], worth: Callable[[Example], Sequence[float]] | None = None, seed: int = 0
-) -> Cost:
+def add_base_score(ledger: Ledger, rows: Sequence[Example], worth: Worth | None = None, seed: int = 0) -> Cost:
     """Make a constant the first booster: the one that makes options as likely as they are right in ``rows``.
 
     Args:
@@ -64,9 +64,22 @@ def add_base_score(
     adapters = ledger.adapters
     if not adapters.base.layers:
         raise XgbloraError(f"--base_score finds no decoder layers in {type(adapters.model).__name__}: leave it out")
-    if any(bool(layer.lora_B.any()) for layer in adapters.layers.values()):
+    if not adapters.pair_is_zero:
         raise XgbloraError("the pair in training has learned something: merge it before a base score (Ledger.merge)")
     logger.info("Fitting a constant to %d examples (--base_score)", len(rows))
+    rank = adapters.rank
+    adapters.resize_pair(1)
+    try:
+        cost = _merge_constant(ledger, rows, worth, seed)
+    finally:
+        adapters.resize_pair(rank)
+        adapters.new_pair(adapters.boosters)
+    return cost
+
+
+def _merge_constant(ledger: Ledger, rows: Sequence[Example], worth: Worth | None, seed: int) -> Cost:
+    """Merge the best constant, which the pair of rank 1 is made to be; the pair stays where none helps."""
+    adapters = ledger.adapters
     with adapters.base.without_gradients():
         search = _Search(adapters, rows, worth, generator(seed, Stream.BASE_SCORE, adapters.boosters))
         name, B, after = search.best_layer()
@@ -79,15 +92,9 @@ def add_base_score(
 
         step = line_search(loss_at, start=1.0)
         search.put(name, step * B)
-    layer = adapters.layers[name]
-    A, B = layer.lora_A[:1].clone(), layer.lora_B[:, :1].clone()
-    before, after = losses[0.0], losses[step]
     if step:
-        adapters.add_booster(name, A, B)
-        reason = f"base score of {len(rows)} examples"
-        ledger.boosters.append(Booster(0, "the start", before, *ledger.norms(len(ledger.boosters)), reason=reason))
-    logger.info("Base score: %s, from %d examples: loss %.4f -> %.4f", name, len(rows), before, after)
-    adapters.new_pair(len(ledger.boosters))
+        ledger.merge(0, "the start", losses[0.0], reason=f"base score of {len(rows)} examples")
+    logger.info("Base score: %s, from %d examples: loss %.4f -> %.4f", name, len(rows), losses[0.0], losses[step])
     return search.cost
 
 
@@ -104,7 +111,7 @@ class _Search:
         self,
         adapters: Adapters,
         rows: Sequence[Example],
-        worth: Callable[[Example], Sequence[float]] | None,
+        worth: Worth | None,
         draw: torch.Generator,
     ) -> None:
         self.adapters, self.base, self.draw = adapters, adapters.base, draw
@@ -116,9 +123,6 @@ class _Search:
         """Mean input (in,) of each candidate where something is predicted."""
         self.sizes: dict[str, float] = {}
         """How long what it gives there is, root mean square."""
-        for layer in adapters.layers.values():
-            layer.lora_A.zero_()
-            layer.lora_B.zero_()
         self.scores = self._look()
         if not self.scores.isfinite().all():
             raise XgbloraError("--base_score: the base's scores are not finite: load it in float32 or bfloat16")
@@ -140,15 +144,13 @@ class _Search:
                 self.sizes[name] = given.float().square().mean(1).sqrt().median().item()
         return torch.cat(scores)
 
-    def _targets(self, rows: Sequence[Example], worth: Callable[[Example], Sequence[float]] | None) -> Tensor:
+    def _targets(self, rows: Sequence[Example], worth: Worth | None) -> Tensor:
         """How likely each option (examples, options) is to be."""
-        right = torch.zeros(len(rows), len(rows[0].options))
-        for place, row in enumerate(rows):
-            if worth is None:
-                right[place, row.label] = 1
-            else:
-                value = torch.tensor(list(worth(row)), dtype=torch.float32)
-                right[place, value == value.max()] = 1
+        if worth is None:
+            right = F.one_hot(torch.tensor([row.label for row in rows]), len(rows[0].options)).float()
+        else:
+            values = torch.tensor([list(worth(row)) for row in rows])
+            right = (values == values.amax(1, keepdim=True)).float()
         return (right / right.sum(1, keepdim=True)).to(self.scores.device)
 
     def best_layer(self) -> tuple[str, Tensor, float]:
@@ -170,14 +172,14 @@ class _Search:
     def _respond(self, name: str) -> tuple[Tensor, Tensor]:
         """A direction (examples, out) for each example, and how it moves its centred scores (examples, options)."""
         adapters, layer = self.adapters, self.adapters.layers[name]
-        self.put(name, None)
+        self.put(name, torch.zeros_like(layer.lora_B[:, 0]))
         size = self.sizes[name] / layer.scaling
         place = next(b for other, _, b in adapters.slices if other is layer)
         directions, probes, both = [], [], []
         for batch in self.batches:
             drawn = size * torch.randn(batch.segments, layer.out_features, generator=self.draw).to(self.base.device)
             z = drawn.new_zeros(batch.segments, adapters.size)
-            z[:, place.start : place.start + layer.out_features] = drawn
+            z[:, place] = drawn
             signs = torch.eye(batch.segments, device=z.device)
             twice = batch.repeat(2)
             probes.append(Probe(z, torch.cat([PROBE * signs, -PROBE * signs])[twice.token_segment]))
@@ -204,16 +206,15 @@ class _Search:
             added = added - change / max(1.0, change.abs().max().item())
         return added - added.mean()
 
-    def put(self, name: str, B: Tensor | None) -> None:
-        """Make the pair in training the constant, with B (out,) in the layer; None: zero."""
+    def put(self, name: str, B: Tensor) -> None:
+        """Make the pair in training the constant, with B (out,) in the layer."""
         layer = self.adapters.layers[name]
         for other in self.adapters.layers.values():
             other.lora_A.zero_()
             other.lora_B.zero_()
         mean = self.means[name]
         layer.lora_A[0] = mean / mean.dot(mean).clamp(min=torch.finfo(torch.float32).tiny)
-        if B is not None:
-            layer.lora_B[:, 0] = B
+        layer.lora_B[:, 0] = B
 
     def loss(self, name: str, B: Tensor) -> float:
         """Mean loss of the examples with the constant in the layer."""

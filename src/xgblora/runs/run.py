@@ -86,7 +86,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         scores, work = _untrained(config, workspace)
     else:
         # First of all: these may refuse, and then nothing was written.
-        _base_score_rows(config, workspace)
+        constant = _base_score_rows(config, workspace) if checkpoint is None else []
         adapters = attach_for(config, workspace.base, workspace.classification)
         try:
             ledger = Ledger(adapters)
@@ -103,7 +103,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
             with adapters.first(0):
                 workspace.zero_shot(config)
                 workspace.zero_shot_other_loss(config)
-            work = _train(config, workspace, ledger, kept, stop, checkpoint)
+            work = _train(config, workspace, ledger, kept, constant, stop, checkpoint)
             scores = workspace.scores(config, "trained")
             work["other_text_loss"] = workspace.other_loss(config)
         finally:
@@ -236,15 +236,16 @@ def _train(
     workspace: Workspace,
     ledger: Ledger,
     kept: Sequence[Example],
+    constant: Sequence[Example],
     stop: StopAtSignal,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train, save the adapter, and say what it took."""
     folder, memory = folder_of(config), PeakMemory(config.device)
     cost, started = Cost(), time.perf_counter()
-    if checkpoint is None and (rows := _base_score_rows(config, workspace)):
+    if constant:
         worth = None if workspace.reward is None else workspace.reward.of_options
-        cost = add_base_score(ledger, rows, worth, config.seed)
+        cost = add_base_score(ledger, constant, worth, config.seed)
     begun = time.perf_counter() - started
     trainer = Trainer(
         model=workspace.base.model,

@@ -79,7 +79,7 @@ class BoostRecipe(Recipe):
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.SEARCH)).tolist()
         fitted = order[count : count + self.config.boost_teacher_examples]
         if self.adapters.rank != (rank := self._directions(rows)):
-            if any(bool(layer.lora_B.any()) for layer in self.adapters.layers.values()):
+            if not self.adapters.pair_is_zero:
                 raise XgbloraError(
                     f"recipe boost trains a pair of rank {rank}, and the one that is there, of rank "
                     f"{self.adapters.rank}, has learned something: merge it first (Ledger.merge)"
