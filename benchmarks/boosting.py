@@ -48,6 +48,8 @@ MEZO = {"lora": True, "zo_directions": "shared", "zo_eps": 1e-2}  # SGD at a con
 # Backpropagation has learned 1,000 rows after 200 steps; its dev loss only rises from there on (docs/experiments.md).
 BACKPROP_STEPS = 200
 BACKPROP = {"trainer": "regular", "eval_steps": 50} | ADAM
+DRAWN = {"xgblora_init": "activations"}  # LoRA's length is found long before 40 steps
+DRAWN_FROM = (128, 256, 750)
 RIDGES = (0.3, 1.0, 3.0)
 SGD_RATES, ZO_RATES, BACKPROP_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 1.7e-3, 3e-3), (2e-4, 5e-4, 1e-3)
 
@@ -82,6 +84,17 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
         "learning_rate",
         ZO_RATES,
     ),
+    "drawn_lora_r1": (DRAWN | {"lora": True, "lora_r": 1, "max_steps": 40}, "xgblora_init_examples", DRAWN_FROM),
+    "drawn_lora_r8": (
+        DRAWN | {"lora": True, "lora_r": 8, "lora_alpha": 128, "max_steps": 40},
+        "xgblora_init_examples",
+        DRAWN_FROM,
+    ),
+    "drawn_xgblora": (  # 29 boosters, 15,776 examples; what is a default has no trials
+        DRAWN | {"xgblora": True, "xgblora_steps_per_iteration": 6, "max_steps": 174},
+        "xgblora_init_examples",
+        (256,),
+    ),
     "backprop_lora_r1": (BACKPROP | {"lora": True, "lora_r": 1}, "learning_rate", BACKPROP_RATES),
     "backprop_lora_r5": (BACKPROP | {"lora": True, "lora_r": 5, "lora_alpha": 80}, "learning_rate", BACKPROP_RATES),
     "backprop_lora_r8": (BACKPROP | {"lora": True, "lora_r": 8, "lora_alpha": 128}, "learning_rate", BACKPROP_RATES),
@@ -113,6 +126,9 @@ LABELS = {
     "zo_lora_r1_probes2": "the same, two directions each",
     "zo_xgblora": "zeroth-order XGBLoRA",
     "zo_xgblora_probes2": "the same, two directions each\n(XGBLoRA)",
+    "drawn_lora_r1": "zeroth-order LoRA r = 1,\npair drawn from activations",
+    "drawn_lora_r8": "the same, r = 8",
+    "drawn_xgblora": "zeroth-order XGBLoRA,\npairs drawn from activations",
     "backprop_lora_r1": "backprop LoRA r = 1",
     "backprop_lora_r5": "backprop LoRA r = 5",
     "backprop_lora_r8": "backprop LoRA r = 8",
@@ -141,7 +157,7 @@ class Runs:
             values["max_steps"] = backprop_steps
         if "boost" in method:  # a step is a booster
             del values["per_device_train_batch_size"], values["max_steps"]
-        value = int(value) if tuned == "num_train" else value
+        value = int(value) if tuned in ("num_train", "xgblora_init_examples") else value
         values |= {tuned: value, "seed": seed, "train_set_seed": seed, "output_dir": str(folder)}
         config = RunConfig(**values)
         result = finished_result(config)

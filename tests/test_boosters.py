@@ -261,7 +261,7 @@ def test_other_adapters_are_refused(
 def test_what_a_run_needs_to_go_on_is_saved(randomise: Callable[..., None], tmp_path: Path) -> None:
     model = build(ARCHITECTURES["opt"])
     _, ledger = with_boosters(model, randomise, 2)
-    ledger.training = {"step_length": 2.5, "forward_passes": 3}
+    ledger.training = {"method": {"step_length": 2.5}, "forward_passes": 3}
     ledger.note_evaluation(99, {"eval_loss": 0.25, "eval_accuracy": 0.75})
     ledger.save(tmp_path)
     model = build(ARCHITECTURES["opt"])

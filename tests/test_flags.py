@@ -30,6 +30,7 @@ EPOCHS = SHORT.replace("--lora --lora_r 2", "--xgblora").replace("--max_steps 6"
 WAITS = BOOSTS.replace("--xgblora_steps_per_iteration 2", "--xgblora_use_adaptive_merge --xgblora_patience 1")
 WAITS = WAITS.replace("--max_steps 6", "--max_steps 20")
 RECIPE = "--recipe boost --boost_boosters 2 --boost_examples 32"
+DRAWN = f"{BOOSTS} --xgblora_init activations"
 WORTH = f"{SHORT} --reward f1"
 
 EFFECTS: dict[str, tuple[str, str]] = {
@@ -89,6 +90,8 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "readout": ("--trainer none --num_train 30", "centroid"),
     "recipe": ("--num_train_epochs 1", "boost"),
     "base_score": (SHORT, "8"),
+    "xgblora_init": (SHORT.replace("--lora_r 2", "--lora_r 1"), "activations"),
+    "xgblora_init_examples": (DRAWN, "8"),
     "xgblora": (SHORT.replace(" --lora --lora_r 2", ""), "true"),
     "lora_r": (SHORT, "3"),
     "lora_alpha": (SHORT, "8"),

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     """Answers that are drawn to be judged, and which of them are learned from."""
     BASE_SCORE = 11
     """Examples that a constant is fitted to, and the probes that find it."""
+    ACTIVATIONS = 12
+    """Rows that pairs are drawn from, and their order."""
 
 
 def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:

@@ -2,11 +2,12 @@
 
 from xgblora.config.describe import banner, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag, is_size
-from xgblora.config.flags import EMBEDDED_MODEL, PACKED_MODEL, UNSUPPORTED
+from xgblora.config.flags import UNSUPPORTED
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows
 from xgblora.config.run_config import RunConfig
+from xgblora.config.shipped import EMBEDDED_MODEL, PACKED_MODEL
 
 __all__ = [
     "EMBEDDED_MODEL",

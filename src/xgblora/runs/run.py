@@ -173,7 +173,7 @@ def attach_for(config: RunConfig, base: Base, classification: bool) -> Adapters:
         logger.info(line)
     for note in notes(config):
         logger.info("Note: %s", note)
-    boosted = config.recipe == "boost"
+    boosted = config.fits_boosters
     count, targets = config.xgblora_layers, config.lora_target_modules
     if boosted and not count:
         # The upper half: what a prompt says is there (docs/experiments.md), and the lower half is computed only once.

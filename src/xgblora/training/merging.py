@@ -65,7 +65,7 @@ class Merging(TrainerCallback):
         self._before = [parameter.detach().clone() for parameter in self.ledger.adapters.parameters()]
 
     def on_optimizer_step(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.method.fits and not self.meter.bad:
+        if not self.method.moves and not self.meter.bad:
             after = self.ledger.adapters.parameters()
             moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(after, self._before, strict=True)])
             self.meter.health.moved(moved.norm().item())

@@ -48,7 +48,7 @@ from xgblora.training.steps_shown import StepsShown
 
 logger = logging.getLogger(__name__)
 
-ENTRIES = ("patience", "step_length", "forward_passes", "forward_sequences", "forward_tokens")
+ENTRIES = ("patience", "method", "forward_passes", "forward_sequences", "forward_tokens")
 """What a checkpoint's ledger.json holds beside the boosters."""
 PROGRESS = ("health", "bad_steps", "applied", "applied_loss", "seconds", "stopped")
 """What it holds beside optimizer and learning-rate schedule."""
@@ -266,7 +266,7 @@ class Trainer(hf.HookedTrainer):
 
     def _write_adapters(self, folder: Path) -> None:
         cost = {f"forward_{name}": value for name, value in vars(self.cost).items()}
-        state = {"patience": self.merging.patience._asdict(), "step_length": self.method.step_length}
+        state = {"patience": self.merging.patience._asdict(), "method": self.method.state()}
         self.ledger.training = state | cost
         self.ledger.write(folder)
         self.merging.write(folder)
@@ -322,7 +322,7 @@ class Trainer(hf.HookedTrainer):
         self.ledger.load(checkpoint)
         require_entries(checkpoint, self.ledger.training, ENTRIES)
         self.merging.load(checkpoint, self.ledger.training["patience"])
-        self.method.step_length = self.ledger.training["step_length"]
+        self.method.restore(self.ledger.training["method"])
 
     def is_over(self) -> bool:
         """Whether the checkpoint was the last of its training; transformers knows nothing of a stop before the end."""

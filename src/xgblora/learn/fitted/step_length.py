@@ -1,6 +1,8 @@
 """How long a booster's step is: the search for it, whatever a step costs."""
 
+import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -71,3 +73,55 @@ def shortest_as_good(losses: dict[float, Tensor], best: float) -> float:
         if 0 < step <= best and more.mean() <= more.std(correction=0) / len(more) ** 0.5:
             return step
     return best
+
+
+@dataclass
+class NewtonLength:
+    """A step length found a few examples at a time, by Newton steps that need no rate.
+
+    Each batch says, by the slope there and by the mean curvature so far, where the loss is lowest; the length is the
+    mean of what all batches say (averaging, as in Polyak and Juditsky 1992). So that chance makes no step, the length
+    that is taken is shorter by its standard error, as in :func:`shortest_as_good`.
+
+    Example:
+        >>> import torch
+        >>> found = NewtonLength()
+        >>> for _ in range(2):
+        ...     found.observe(torch.tensor([2.0, 2.0]) * (found.taken - 0.5), bend=2.0)
+        >>> found.taken
+        0.5
+    """
+
+    length: float = 0.0
+    """In lengths of what was fitted."""
+    steps: int = 0
+    bends: float = 0.0
+    """Sum of the curvatures so far."""
+    examples: int = 0
+    spread: float = 0.0
+    """Sum of the squared differences of slopes from their batch's mean."""
+
+    def observe(self, slopes: Tensor, bend: float) -> None:
+        """Learn from the loss's derivatives along the length where it is taken.
+
+        Args:
+            slopes: First derivatives (examples,).
+            bend: Mean second derivative.
+        """
+        there, slope = self.taken, slopes.double().mean().item()
+        self.steps += 1
+        self.bends += bend
+        self.examples += len(slopes)
+        self.spread += (slopes.double() - slope).square().sum().item()
+        curvature = self.bends / self.steps
+        most = self.steps**0.5  # a batch alone says little
+        ahead = -slope / curvature if curvature > 0 else -math.copysign(most, slope)
+        self.length += max(-most, min(most, there + ahead - self.length)) / self.steps
+
+    @property
+    def taken(self) -> float:
+        """The length to take."""
+        if self.bends <= 0 or not self.steps:
+            return self.length
+        error = self.spread**0.5 / self.examples * self.steps / self.bends
+        return math.copysign(max(abs(self.length) - error, 0.0), self.length)
