@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: they share two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub; a look-up must fail at once
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 

@@ -10,8 +10,8 @@ from architectures import KINDS, QUESTIONS, judge, tiny, unbuildable
 from conftest import build
 from xgblora import Base, Example, XgbloraError
 
-QUICK = ("bamba", "bloom", "deepseek_v2", "gpt_oss", "mamba", "whisper")
-"""A hybrid, ALiBi, fused experts, sinks and windows, a state space, layers that text does not reach."""
+QUICK = ("bloom", "deepseek_v2", "gpt_oss", "jamba", "mamba", "whisper")
+"""ALiBi, fused experts, sinks and windows, a hybrid, a state space, layers that text does not reach."""
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.soak) for k in KINDS])

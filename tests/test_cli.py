@@ -722,8 +722,20 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("model", [False, True])
-@pytest.mark.parametrize("name", RUNS)
+TIMED = ("lora", "xgblora", "layers", "regular", "regular, boosted", "half")
+QUICK = [(name, model) for name in RUNS if name not in TIMED for model in (False, True)]
+QUICK += [("lora", True), ("xgblora", True), ("regular", True), ("half", True)]
+"""Of steps that are timed, those of the tiny model; the others are soak's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        pytest.param(name, model, marks=() if (name, model) in QUICK else pytest.mark.soak)
+        for model in (False, True)
+        for name in RUNS
+    ],
+)
 def test_check_takes_the_flags_of_every_run(name: str, model: bool, run: Run, small: list[str]) -> None:
     """It says what that run is, and passes; with a model it looks at that one."""
     flags = [*RUNS[name].split(), *(small if model else ["--use_cpu", "true"])]

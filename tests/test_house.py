@@ -110,8 +110,13 @@ def test_the_installed_transformers_is_what_is_overridden() -> None:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ("del transformers.Trainer._run_epoch", "Trainer._run_epoch(model, epoch, "),
-        ("transformers.Trainer._save = lambda self, folder: None", "Trainer._save(output_dir, state_dict)"),
+        pytest.param(
+            *("del transformers.Trainer._run_epoch", "Trainer._run_epoch(model, epoch, "), marks=pytest.mark.soak
+        ),
+        pytest.param(
+            *("transformers.Trainer._save = lambda self, folder: None", "Trainer._save(output_dir, state_dict)"),
+            marks=pytest.mark.soak,
+        ),
         ("del transformers.PreTrainedConfig._attn_implementation", "PreTrainedConfig._attn_implementation"),
     ],
 )

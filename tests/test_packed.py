@@ -65,6 +65,9 @@ FILES: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=300, n_embd=256, n_layer=2, n_head=4),  # transposed: nothing but the table stays
     "qwen3moe": Qwen3MoeConfig(**LONG, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=768),
 }
+HALF = ("llama", "gemma2", "falcon")
+"""Tried in bfloat16, too; the others are soak's."""
+
 Written = Callable[..., Path]
 
 
@@ -121,7 +124,9 @@ def test_half_precision_is_known_by_the_base_not_by_its_adapters(recipe: str, wr
             "xgblora": True,
             "boost_boosters": 2,
         }
-        losses[packed] = train(tmp_path / str(packed), model, **flags if recipe == "boost" else {"lora": True})[1]
+        losses[packed] = train(
+            tmp_path / str(packed), model, **flags if recipe == "boost" else {"lora": True, "max_steps": 4}
+        )[1]
     assert losses[False] == losses[True]
 
 
@@ -134,8 +139,15 @@ def test_numbers_as_they_are(kind: Kind) -> None:
     assert torch.equal(weight[:2], values.to(dtype).float()[[3, 1]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", FILES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        pytest.param(name, dtype, marks=pytest.mark.soak if dtype == torch.bfloat16 and name not in HALF else ())
+        for name in FILES
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    ids=str,
+)
 def test_the_model_is_the_unpacked_one(architecture: str, dtype: torch.dtype, written: Written) -> None:
     """Logits, packed batches in the CPU library's layout, single tokens, head and fingerprint."""
     path = str(written(architecture))
@@ -194,11 +206,14 @@ def test_tiles_change_nothing(written: Written, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "flags",
     [
-        {"lora": True, "lora_r": 2},
-        {"xgblora": True, "xgblora_steps_per_iteration": 5},
-        {"xgblora": True, "xgblora_steps_per_iteration": 5, "xgblora_layers": 1},
+        pytest.param({"max_steps": 7, "lora": True, "lora_r": 2}, marks=pytest.mark.soak),
+        {"max_steps": 7, "xgblora": True, "xgblora_steps_per_iteration": 3},
+        pytest.param(
+            {"max_steps": 7, "xgblora": True, "xgblora_steps_per_iteration": 3, "xgblora_layers": 1},
+            marks=pytest.mark.soak,
+        ),
         {"recipe": "boost", "boost_boosters": 2, "boost_examples": 48},
-        {"trainer": "regular", "lora": True, "lora_r": 2},
+        {"max_steps": 7, "trainer": "regular", "lora": True, "lora_r": 2},
     ],
     ids=["lora", "xgblora", "layers", "boost", "backpropagation"],
 )
@@ -262,14 +277,13 @@ def test_from_a_file_to_an_answer(written: Written, tmp_path: Path, capsys: pyte
     assert main(["train", *common, "--unpack", "--max_steps", "6", "--output_dir", str(tmp_path / "packed")]) == 0
 
 
-def test_check_counts_the_file(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("unpack", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_check_counts_the_file(unpack: bool, written: Written, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(mixed=True)
-    sizes = []
-    for flags in ([], ["--unpack"]):
-        assert main(["check", "--model_name", str(path), "--max_length", "40", "--use_cpu", "true", *flags]) == 0
-        (size,) = re.findall(r"base ([\d.]+)", capsys.readouterr().out)
-        sizes.append(float(size))
-    assert sizes[0] <= path.stat().st_size / 1e9 + 0.005 < sizes[1]
+    flags = ["--max_length", "40", "--use_cpu", "true", "--mode", "lora", *(["--unpack"] if unpack else [])]
+    assert main(["check", "--model_name", str(path), *flags]) == 0
+    (size,) = re.findall(r"base ([\d.]+)", capsys.readouterr().out)
+    assert (float(size) > path.stat().st_size / 1e9 + 0.005) == unpack
 
 
 def test_unpack_is_for_gguf_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,12 +386,24 @@ def test_a_budget_lets_go_of_weights(tmp_path: Path) -> None:
     assert whole > 150e6
 
 
+ONE_TOKEN, SEVERAL = [[5], [9]], [[5, 6], [9, 7, 8]]
+
+
 def _rows(count: int, options: list[list[int]]) -> list[Example]:
     return [Example([(7 * n + k) % 300 for k in range(3 + n % 9)], options, n % 2) for n in range(count)]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "bloom"])
-@pytest.mark.parametrize("options", [[[5], [9]], [[5, 6], [9, 7, 8]]], ids=["one token", "several"])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        pytest.param("llama", ONE_TOKEN, id="llama-one token"),
+        pytest.param("gemma3", SEVERAL, id="gemma3-several"),
+        pytest.param("bloom", SEVERAL, id="bloom-several", marks=pytest.mark.soak),
+        pytest.param("llama", SEVERAL, id="llama-several", marks=pytest.mark.soak),
+        pytest.param("gemma3", ONE_TOKEN, id="gemma3-one token", marks=pytest.mark.soak),
+        pytest.param("bloom", ONE_TOKEN, id="bloom-one token", marks=pytest.mark.soak),
+    ],
+)
 def test_batches_that_pass_the_layers_together_are_those_that_pass_alone(
     architecture: str, options: list[list[int]], written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,7 +433,9 @@ def test_batches_that_pass_the_layers_together_are_those_that_pass_alone(
     assert orders[True][:8] == ["first"] * 4 + ["last"] * 4
 
 
-@pytest.mark.parametrize("flags", [{"lora": True}, {"recipe": "boost", "xgblora": True}], ids=["zo", "boost"])
+@pytest.mark.parametrize(
+    "flags", [{"lora": True, "max_steps": 6}, {"recipe": "boost", "xgblora": True}], ids=["zo", "boost"]
+)
 def test_training_together_is_training_alone(
     flags: dict[str, Any], written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +445,11 @@ def test_training_together_is_training_alone(
     losses = {}
     for together in (False, True):
         model, _ = load_model(str(written()), memory_budget=10**11 if together else None)
-        more = {"lora_target_modules": residual_writers(model), "boost_boosters": 2} if "recipe" in flags else {}
+        more = (
+            {"lora_target_modules": residual_writers(model), "boost_boosters": 2, "boost_examples": 24}
+            if "recipe" in flags
+            else {}
+        )
         losses[together] = train(tmp_path / str(together), model, **flags, **more)[1]
     assert losses[False] == losses[True]
     assert len(set(losses[True])) > 1
@@ -529,6 +561,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.soak  # that layers are passed once for all batches is shown above, on small files
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows decides by itself what stays in memory")
 def test_a_wave_reads_the_model_once(tmp_path: Path) -> None:
     config = LlamaConfig(**SIZES | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4})

@@ -21,7 +21,7 @@ def loaded() -> Loaded:
     return model, tokenizer, encode(task, load_splits(task)["train"].select(range(0, 6400, 100)), tokenizer, 2048)
 
 
-@pytest.mark.parametrize("unpack", [True, False])
+@pytest.mark.parametrize("unpack", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_the_converted_model_is_the_gguf(unpack: bool, loaded: Loaded) -> None:
     model, _, rows = loaded
     direct, _ = load_model(str(shipped_file(EMBEDDED_MODEL)), unpack=unpack)
@@ -42,7 +42,7 @@ def test_packed_scores_equal_one_sentence_at_a_time(loaded: Loaded) -> None:
             torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.soak), torch.bfloat16])
 def test_a_merge_after_training_is_bit_identical(dtype: torch.dtype) -> None:
     model, tokenizer = load_model(dtype=dtype)
     task = TASKS["RottenTomatoes"]

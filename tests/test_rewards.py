@@ -310,8 +310,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     "flags",
     [
         "--trainer zo --lora_r 1 --optim adamw_torch --learning_rate 0.02 --zo_eps 0.3 --max_steps 40 --eval_steps 20",
-        "--trainer zo --lora_r 1 --reward_completions expected --zo_directions shared --optim adamw_torch"
-        " --learning_rate 0.02 --zo_eps 0.05 --max_steps 40 --eval_steps 20",
+        pytest.param(
+            "--trainer zo --lora_r 1 --reward_completions expected --zo_directions shared --optim adamw_torch"
+            " --learning_rate 0.02 --zo_eps 0.05 --max_steps 40 --eval_steps 20",
+            marks=pytest.mark.soak,
+        ),
         "--trainer regular --lora_r 1 --optim adamw_torch --learning_rate 0.02 --max_steps 20 --eval_steps 20"
         " --save_steps 20 --load_best_model_at_end --metric_for_best_model reward",
         "--recipe boost --boost_boosters 2",
@@ -344,11 +347,17 @@ generate: {max_new_tokens: 4}
 @pytest.mark.parametrize(
     "flags",
     [
-        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60 --lora_r 4",
-        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60 --xgblora"
-        " --xgblora_layers 1 --xgblora_layer_choice top --xgblora_steps_per_iteration 30",
-        "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8 --lora_r 4",
-        "--recipe boost --reward_samples 16 --boost_boosters 6 --num_train 200",
+        pytest.param(
+            "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 60 --lora_r 4",
+            marks=pytest.mark.soak,
+        ),
+        "--trainer zo --optim adamw_torch --learning_rate 0.02 --zo_eps 0.2 --max_steps 40 --xgblora"
+        " --xgblora_layers 1 --xgblora_layer_choice top --xgblora_steps_per_iteration 20",
+        pytest.param(
+            "--trainer regular --optim adamw_torch --learning_rate 0.01 --max_steps 60 --reward_samples 8 --lora_r 4",
+            marks=pytest.mark.soak,
+        ),
+        pytest.param("--recipe boost --reward_samples 16 --boost_boosters 6 --num_train 200", marks=pytest.mark.soak),
     ],
 )
 def test_training_raises_a_reward_of_written_answers(
@@ -363,16 +372,16 @@ def test_training_raises_a_reward_of_written_answers(
     assert metrics["reward"] > metrics["zero_shot_reward"] + 0.4
     if "boost" in flags:
         return
-    assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * 60 * 16 * len("ann is")
+    assert metrics["forward_tokens"] > (2 if "zo" in flags else 2 * 8) * metrics["steps"] * 16 * len("ann is")
 
 
-@pytest.mark.parametrize("reward", [False, True])
+@pytest.mark.parametrize("reward", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_resumed_run_writes_the_same_texts(reward: bool, module: str, tmp_path: Path, model_folder: Path) -> None:
     """What boosters are kept off, and the answers that are judged, are those of the run that never stopped."""
     rows = "".join(json.dumps({"name": name}) + "\n" for name in ("ann", "bob", "eve", "max") * 60)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    flags = f"--recipe boost --boost_boosters 3 {SIZES} --num_train 200 --save_total_limit 5"
-    flags += f" --reward {module}:letter --reward_samples 16" if reward else ""
+    flags = f"--recipe boost --boost_boosters 2 {SIZES} --num_train 60 --save_total_limit 5"
+    flags += f" --reward {module}:letter --reward_samples 8" if reward else ""
     train_by_command(tmp_path, model_folder, flags, WRITTEN)
     (tmp_path / "run").rename(tmp_path / "whole")
     train_by_command(

@@ -231,7 +231,7 @@ def test_options_too_long_for_the_context_are_one_line(refused: Callable[[Path],
 
 
 def test_the_example_trains(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"train --model_name {model_folder} --recipe boost --boost_boosters 2 --use_cpu true --disable_tqdm true"
+    command = f"train --model_name {model_folder} --max_steps 1 --use_cpu true --disable_tqdm true"
     flags = ["--task_file", str(EXAMPLE / "packages.yaml"), "--output_dir", str(tmp_path / "run")]
     assert main([*command.split(), *flags]) == 0
     assert "macro f1" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Training: equivalence of the methods without a merge, merges where the schedule says, exact resume, loud failure."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from xgblora.learn.estimators import Key, TwoSided
 from xgblora.training.record import CurveRecorder
 
 
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
+@pytest.mark.parametrize("trainer", [pytest.param("zo", marks=pytest.mark.soak), "regular"])
 def test_xgblora_without_a_merge_is_rank_1_lora_to_the_last_bit(
     trainer: str, tmp_path: Path, log_lines: LogLines
 ) -> None:
-    """The reason this project exists."""
-    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 200, "lora_alpha": 16, "seed": 3}
+    """The reason this project exists; by zeroth-order steps test_cli.py shows it, too, over 2000 of them."""
+    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 60, "lora_alpha": 16, "seed": 3}
     _, lora = train(tmp_path / "a", **flags, lora=True, lora_r=1)
-    _, xgblora = train(tmp_path / "b", **flags, xgblora=True, xgblora_steps_per_iteration=200)
-    assert len(lora) == 200
+    _, xgblora = train(tmp_path / "b", **flags, xgblora=True, xgblora_steps_per_iteration=60)
+    assert len(lora) == 60
     assert lora == xgblora
     assert lora[0] != lora[-1]
     assert log_lines.containing("Merging") == []
@@ -33,25 +34,27 @@ def test_xgblora_without_a_merge_is_rank_1_lora_to_the_last_bit(
 
 @pytest.mark.parametrize("trainer", ["zo", "regular"])
 def test_the_equivalence_test_can_fail(trainer: str, tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 30}
+    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 10}
     _, lora = train(tmp_path / "a", **flags, lora=True, lora_r=1)
     _, other_alpha = train(tmp_path / "b", **flags, xgblora=True, xgblora_merge_frequency=0, lora_alpha=8)
-    _, merged = train(tmp_path / "c", **flags, xgblora=True, xgblora_steps_per_iteration=20)
+    _, merged = train(tmp_path / "c", **flags, xgblora=True, xgblora_steps_per_iteration=6)
     assert lora != other_alpha
-    assert lora[:20] == merged[:20]
-    assert lora[20:] != merged[20:]
+    assert lora[:6] == merged[:6]
+    assert lora[6:] != merged[6:]
 
 
-def test_merges_after_every_100_of_350_steps(tmp_path: Path, log_lines: LogLines) -> None:
-    trainer, _ = train(tmp_path, max_steps=350, xgblora=True, xgblora_steps_per_iteration=100)
+@pytest.mark.parametrize("every", [10, pytest.param(100, marks=pytest.mark.soak)])
+def test_merges_after_every_100_of_350_steps(every: int, tmp_path: Path, log_lines: LogLines) -> None:
+    """And after every 10 of 35."""
+    trainer, _ = train(tmp_path, max_steps=7 * every // 2, xgblora=True, xgblora_steps_per_iteration=every)
     assert log_lines.containing("Merging") == [
-        f"XGBLoRA: Merging and reinitializing at step {step}" for step in (100, 200, 300)
+        f"XGBLoRA: Merging and reinitializing at step {step}" for step in (every, 2 * every, 3 * every)
     ]
     assert log_lines.containing("expected merges: 3")
     assert trainer.adapters.boosters == 3
 
 
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
+@pytest.mark.parametrize("trainer", [pytest.param("zo", marks=pytest.mark.soak), "regular"])
 def test_merges_every_second_of_7_epochs(trainer: str, tmp_path: Path, log_lines: LogLines) -> None:
     train(
         *(tmp_path, None, examples(20)),
@@ -195,17 +198,24 @@ def test_only_finished_boosters_stop_early(tmp_path: Path) -> None:
 
 def test_a_merge_resets_the_pairs_optimizer_state(tmp_path: Path) -> None:
     """After a merge Adam starts anew: its step count is that of the new pair alone."""
-    trainer, _ = train(tmp_path, max_steps=25, xgblora=True, xgblora_steps_per_iteration=10)
+    trainer, _ = train(tmp_path, max_steps=8, xgblora=True, xgblora_steps_per_iteration=5)
     counts = {int(state["step"]) for state in trainer.optimizer.state.values()}
-    assert counts == {5}
+    assert counts == {3}
 
 
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("packed", "trainer"),
+    [
+        (True, "regular"),
+        (False, "zo"),
+        pytest.param(True, "zo", marks=pytest.mark.soak),
+        pytest.param(False, "regular", marks=pytest.mark.soak),
+    ],
+)
 def test_training_learns(trainer: str, packed: bool, tmp_path: Path) -> None:
     """The first token tells the label, so the loss must fall far below log 2 on rows never trained on."""
-    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 600 if trainer == "zo" else 150, "learning_rate": 1e-2}
-    flags |= {"lr_scheduler_type": "linear", "per_device_train_batch_size": 16, "packed": packed}
+    flags: dict[str, Any] = {"trainer": trainer, "max_steps": 200 if trainer == "zo" else 60, "learning_rate": 1e-2}
+    flags |= {"lr_scheduler_type": "linear", "per_device_train_batch_size": 32, "packed": packed}
     held_out = examples(100, seed=2)
     trainer_, _ = train(tmp_path, build(ARCHITECTURES["llama"]), examples(200), **flags, lora=True, lora_r=1)
     after = trainer_.evaluate(held_out)
@@ -215,14 +225,24 @@ def test_training_learns(trainer: str, packed: bool, tmp_path: Path) -> None:
     assert after["eval_accuracy"] > 0.85
 
 
-@pytest.mark.parametrize("directions", ["per_example", "shared"])
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
-@pytest.mark.parametrize("schedule", [{"xgblora_steps_per_iteration": 6}, {"xgblora_use_adaptive_merge": True}])
+STEPS: dict[str, Any] = {"xgblora_steps_per_iteration": 6}
+PATIENCE: dict[str, Any] = {"xgblora_use_adaptive_merge": True}
+QUICK = [("shared", "zo", PATIENCE), ("per_example", "regular", PATIENCE)]
+"""The others are soak's; merges by steps are resumed in test_schedule.py, too, in drawn combinations."""
+
+
+@pytest.mark.parametrize(
+    ("directions", "trainer", "schedule"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.soak)
+        for case in product(["per_example", "shared"], ["zo", "regular"], [STEPS, PATIENCE])
+    ],
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(
     directions: str, trainer: str, schedule: dict[str, Any], tmp_path: Path
 ) -> None:
     flags: dict[str, Any] = {"trainer": trainer, "zo_directions": directions, "xgblora": True, "xgblora_patience": 3}
-    flags |= schedule | {"max_steps": 30, "save_strategy": "steps", "save_steps": 11, "save_total_limit": 9}
+    flags |= schedule | {"max_steps": 20, "save_strategy": "steps", "save_steps": 11, "save_total_limit": 9}
     flags |= {"lr_scheduler_type": "linear"}
     whole, losses = train(tmp_path / "whole", **flags)
     resumed, tail = train(tmp_path / "resumed", **flags, resume=str(tmp_path / "whole" / "checkpoint-11"))
@@ -236,10 +256,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
-    _, first = train(tmp_path / "a", seed=1)
+    _, first = train(tmp_path / "a", seed=1, max_steps=4)
     torch.manual_seed(1234)
-    _, same = train(tmp_path / "b", seed=1)
-    _, other = train(tmp_path / "c", seed=2)
+    _, same = train(tmp_path / "b", seed=1, max_steps=4)
+    _, other = train(tmp_path / "c", seed=2, max_steps=4)
     assert first == same
     assert first != other
 
@@ -285,7 +305,7 @@ def test_the_chosen_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     """Asked for the highest loss, which training leaves behind at once, it brings back the first checkpoint."""
     trainer, _ = train(
         tmp_path,
-        max_steps=40,
+        max_steps=20,
         learning_rate=1e-2,
         trainer="regular",
         xgblora=True,
@@ -310,8 +330,15 @@ def test_dropout_is_off_in_training(tmp_path: Path) -> None:
     assert not trainer.model.training
 
 
-@pytest.mark.parametrize("trainer", ["zo", "regular"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("trainer", "value"),
+    [
+        ("zo", float("inf")),
+        ("regular", float("nan")),
+        pytest.param("zo", float("nan"), marks=pytest.mark.soak),
+        pytest.param("regular", float("inf"), marks=pytest.mark.soak),
+    ],
+)
 def test_a_diverged_loss_stops_the_run_before_the_step(trainer: str, value: float, tmp_path: Path) -> None:
     config = RunConfig(
         output_dir=str(tmp_path),
