@@ -52,6 +52,7 @@ def test_the_documented_comparison(run: Run, small: list[str], tmp_path: Path) -
     assert out.count(XGBLORA_BANNER) == 2
     assert out.count("Initializing LoRA with: r=1, alpha=16, xgblora=True") == 2
     assert "Merging" not in out
+    assert out.count("--xgblora_init activations came to") == 1
     assert "Merge schedule: every 12 steps; expected merges: 0" in out
     assert "Seed 0: the loss curves of all methods are identical" in out
     for seed in (0, 1):

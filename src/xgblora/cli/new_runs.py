@@ -1,12 +1,12 @@
 """The verbs that start a run, or show what one would be."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse, parse_experiment, with_config
-from xgblora.config import RunConfig
+from xgblora.config import RunConfig, better
 from xgblora.report import METRICS, RunResult, closing, read_curves, results_table
 from xgblora.runs.arms import arm_folder
 from xgblora.runs.check import CheckConfig
@@ -41,6 +41,7 @@ def train(verb: str, argv: list[str]) -> int:
     curves = read_curves(folder)
     _close(curves.result, folder, config)
     _show(Result([curves], [file for file in files if file.exists()]))
+    _say_better([config])
     return 0
 
 
@@ -64,6 +65,7 @@ def _experiment(verb: str, argv: list[str], methods: Callable[[ExperimentConfig]
     _note_changes(file, config)
     if not dry:
         _show(experiment(config, verb))
+        _say_better(arms(config))
         return 0
     runs = arms(config)
     workspace = Workspace(runs[0])
@@ -109,6 +111,12 @@ def _close(result: RunResult, folder: Path, config: RunConfig, example: str = "a
     task = task_of(config)
     asks = f'predict "{example}"' if len(task.asking) == 1 else "predict --file rows.csv"
     for line in closing(result, folder, dev_losses(folder), "chat" if isinstance(task, Chat) else asks):
+        print(line)
+
+
+def _say_better(configs: Sequence[RunConfig]) -> None:
+    """Print what would have done better, once."""
+    for line in dict.fromkeys(filter(None, map(better, configs))):
         print(line)
 
 

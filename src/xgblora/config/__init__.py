@@ -1,6 +1,6 @@
 """Configuration: every flag of a run, declared once, and what follows from its declaration."""
 
-from xgblora.config.describe import banner, idle_flags, notes, warn_rank
+from xgblora.config.describe import banner, better, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag, is_size
 from xgblora.config.flags import UNSUPPORTED
 from xgblora.config.identity import changed, defaults, differences, without_idle_flags
@@ -15,6 +15,7 @@ __all__ = [
     "UNSUPPORTED",
     "RunConfig",
     "banner",
+    "better",
     "changed",
     "default_of",
     "defaults",

@@ -29,7 +29,11 @@ LAYERS = Applies(lambda c: c.xgblora or drawn(c), "without --xgblora")
 SUBSET = Applies(lambda c: c.xgblora_layers or c.recipe == "boost" or drawn(c), "without --xgblora_layers")
 DRAWN = Applies(drawn, "without --xgblora_init activations")
 RATED = Applies(lambda c: not drawn(c), "with --xgblora_init activations")
-GRADIENTS = Needs(lambda c: not drawn(c), "is for gradients: --xgblora_init activations leaves none")
+GRADIENTS = Needs(
+    lambda c: not drawn(c),
+    "sums gradients, and --xgblora_init activations has none: raise --per_device_train_batch_size",
+)
+OBSERVED = Needs(lambda c: not drawn(c), "hides what layers read: leave it out with --xgblora_init activations")
 LABELS = Needs(lambda c: c.objective == "likelihood", "activations follows labels: leave out --objective and --reward")
 TEXT_LOSS = Applies(lambda c: not c.train_as_classification, "with --train_as_classification")
 LIKELIHOOD = Applies(lambda c: c.objective == "likelihood", "with --objective reward")

@@ -15,11 +15,11 @@ from xgblora.config.conditions import (
     CLASSIC,
     COUNTS_STEPS,
     DRAWN,
-    GRADIENTS,
     KEEPS,
     LABELS,
     LAYERS,
     LIKELIHOOD,
+    OBSERVED,
     ONE_BATCH,
     ONE_STEP,
     PACKED,
@@ -274,7 +274,7 @@ class Flags(TrainingArguments):
         "Fuse what lies between matrix products. Compiles for half a minute; worth it for large batches "
         "(docs/performance.md).",
         ONE_STEP,
-        GRADIENTS,
+        OBSERVED,
         Needs(lambda c: c.trainer == "zo", "is for --trainer zo: what it compiles has no gradients"),
         Needs(lambda c: c.objective != "reward", "is for losses: leave it out with --objective reward"),
     )

@@ -224,8 +224,8 @@ class DrawnMethod(Method):
         """Rows that pairs are drawn from. No step sees them, so that what a pair has by heart makes it no longer."""
         self.found = NewtonLength()
         """The length of the pair in training."""
-        self.drawn: tuple[int, Learner] | None = None
-        """The pair in training at length 1, behind its number."""
+        self.drawn: tuple[int, Learner, Tensor] | None = None
+        """Number of the pair in training, what it was fitted to be, and what one length more adds to it."""
 
     def split(self, rows: Sequence[Example]) -> list[Example]:
         """Set aside most of the rows for pairs to be drawn from; returns the others, for steps."""
@@ -243,16 +243,14 @@ class DrawnMethod(Method):
     def step(self, batch: Batch, key: Key, share: float = 1.0) -> Step:
         cost, number = Cost(), self.adapters.boosters
         if self.drawn is None or self.drawn[0] != number:
-            learner, cost = self._draw(number)
-            self.drawn = number, learner
-        _, learner = self.drawn
+            learner, along, cost = self._draw(number)
+            self.drawn = number, learner, along
+        _, learner, along = self.drawn
         batch = batch.to(self.adapters.device)
         tokens = self.loss.tokens
         losses = losses_along(self.adapters, self.loss, batch, self.prefix, PLACES)
         places = torch.tensor([HALF_LENGTH, -HALF_LENGTH, 0.0], device=self.adapters.device)
-        more, less, here = losses(self._along(learner), places.repeat_interleave(batch.segments)[:, None]).view(
-            PLACES, -1
-        )
+        more, less, here = losses(along, places.repeat_interleave(batch.segments)[:, None]).view(PLACES, -1)
         slopes = (more - less) / (2 * HALF_LENGTH)
         bend = ((more + less - 2 * here) / HALF_LENGTH**2).double().mean().item()
         forwarded = self.loss.tokens - tokens if self.loss.writes else PLACES * batch.tokens
@@ -264,8 +262,10 @@ class DrawnMethod(Method):
             step_by(self.adapters, learner, self.found.taken)
         return Step(loss, cost, finite, slopes)
 
-    def _draw(self, number: int) -> tuple[Learner, Cost]:
+    def _draw(self, number: int) -> tuple[Learner, Tensor, Cost]:
         """Fit pair ``number`` to the model with the boosters before it, and put it there at its length.
+
+        Returns the fit, what one length adds to the pair (1, parameters), laid out like a direction, and the cost.
 
         It is a function of (seed, number) and of these boosters: a resumed run draws it again, and counts it once.
         """
@@ -277,9 +277,13 @@ class DrawnMethod(Method):
             loss = TailLoss(forwards, seen)
             with forwards.base.held():
                 learner = fit(seen, loss, DRAWN_RIDGE, self._directions(rows), note=forwards.tell)
-        put(self.adapters, learner, self.found.taken)
+        put(self.adapters, learner, 1.0)
+        layers = [layer for layer, _, _ in self.adapters.slices]
+        parts = [part for layer in layers for part in (torch.zeros_like(layer.lora_A), layer.lora_B)]
+        along = self.adapters.flatten(parts)[None]
+        step_by(self.adapters, learner, self.found.taken)
         cost = Cost(1, len(rows), forwards.tokens - before)
-        return learner, Cost() if self.found.steps else cost
+        return learner, along, Cost() if self.found.steps else cost
 
     def rows_of(self, number: int) -> list[Example]:
         """The rows of pair ``number``: the next ones of an order that begins anew when all were taken."""
@@ -298,17 +302,8 @@ class DrawnMethod(Method):
             return rank
         return min(rank, max(max(len(row.options) for row in rows) - 1, 1))
 
-    def _along(self, learner: Learner) -> Tensor:
-        """What one length more adds to the pair, (1, parameters), laid out like a direction."""
-        adapters = self.adapters
-        step_by(adapters, learner, 1.0)
-        parts = [part for layer, _, _ in adapters.slices for part in (torch.zeros_like(layer.lora_A), layer.lora_B)]
-        along = adapters.flatten(parts)[None]
-        step_by(adapters, learner, self.found.taken)
-        return along
-
     def without_gradients(self) -> AbstractContextManager[None]:
-        return self.adapters.base.without_gradients(self.config.torch_compile)
+        return self.adapters.base.without_gradients()
 
     def state(self) -> dict[str, float]:
         return asdict(self.found)

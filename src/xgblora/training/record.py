@@ -64,7 +64,7 @@ class CurveRecorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         entry = {"step": state.global_step, "loss": logs["loss"], "epoch": state.epoch}
-        idle = {"learning_rate"} if args.recipe == "boost" else set()
+        idle = {"learning_rate"} if args.fits_boosters else set()
         self._append(TRAINING_LOSS, entry | {name: logs[name] for name in LOGGED if name in logs and name not in idle})
 
     def on_dev_evaluation(self, state: TrainerState, evaluation: Mapping[str, float]) -> None:
