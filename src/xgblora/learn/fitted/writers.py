@@ -100,8 +100,8 @@ def require_writers(adapters: Adapters) -> None:
     for name in adapters.layers:
         if name not in adapters.base.writers:
             raise XgbloraError(
-                f"--recipe boost fits layers that write to the residual stream; {name} does not, or not in a way that "
-                "it can follow: leave out --lora_target_modules (in a library: attach with "
+                f"fitted pairs go on layers that write to the residual stream; {name} does not, or not in a way that "
+                "they can follow: leave out --lora_target_modules (in a library: attach with "
                 "target_modules=xgblora.residual_writers(model))"
             )
 
