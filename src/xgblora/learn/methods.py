@@ -20,7 +20,7 @@ from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Estimator, Key, estimator, losses_along
 from xgblora.learn.fitted import RECIPES, Recipe
 from xgblora.learn.fitted.activations import Forwards
-from xgblora.learn.fitted.boost import put, step_by
+from xgblora.learn.fitted.boost import option_directions, put, step_by
 from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.step_length import NewtonLength
@@ -296,11 +296,11 @@ class DrawnMethod(Method):
         return rows
 
     def _directions(self, rows: Sequence[Example]) -> int:
-        """How many of the pair's ranks are used. Of options, there are directions for all but one."""
+        """How many of the pair's ranks are used."""
         rank = self.adapters.rank
         if not isinstance(self.loss, OptionLoss):
             return rank
-        return min(rank, max(max(len(row.options) for row in rows) - 1, 1))
+        return min(rank, option_directions(rows))
 
     def without_gradients(self) -> AbstractContextManager[None]:
         return self.adapters.base.without_gradients()

@@ -98,7 +98,7 @@ class BoostRecipe(Recipe):
             return self.config.boost_directions
         if not isinstance(self.forwards.loss, OptionLoss):
             return min(TEXT_DIRECTIONS, self.adapters.base.width)
-        return min(MOST_DIRECTIONS, max(max(len(row.options) for row in rows) - 1, 1))
+        return min(MOST_DIRECTIONS, option_directions(rows))
 
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
         cost = Cost()
@@ -186,6 +186,11 @@ class BoostRecipe(Recipe):
             losses,
         )
         return teacher, teacher.cost
+
+
+def option_directions(rows: Sequence[Example]) -> int:
+    """How many directions tell the options of each row apart: one less than there are, and at least one."""
+    return max(max(len(row.options) for row in rows) - 1, 1)
 
 
 @torch.no_grad()
