@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ARCHITECTURES, build, examples, refusal_by_command, train, train_by_command
+from conftest import ARCHITECTURES, Run, build, examples, refusal_by_command, train, train_by_command
 from xgblora import Example, RunConfig, Trainer, attach
 from xgblora.config import better
 from xgblora.errors import XgbloraError
@@ -160,6 +160,17 @@ def test_by_command_it_adapts_what_recipe_boost_does(tmp_path: Path, model_folde
     assert set(adapter["target_modules"]) == {"out_proj", "fc2"}
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["prompt_beginning"] == "auto"
+
+
+def test_a_dry_run_counts_the_rows_that_steps_see(small: list[str], run: Run, tmp_path: Path) -> None:
+    """Of 40 rows steps see 10: two batches of 8 an epoch, and a merge after each epoch but the last."""
+    flags = f"--xgblora --xgblora_init activations --num_train_epochs 3 --output_dir {tmp_path / 'run'}".split()
+    _, planned, _ = run("train", *small, *flags, "--dry_run")
+    code, _, err = run("train", *small, *flags)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["steps"], metrics["merges"]) == (6, 2)
+    assert "6 steps, 2 merges" in planned
 
 
 def test_rewards_are_refused_by_command(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Configuration: every flag of a run, declared once, and what follows from its declaration."""
 
+from xgblora.config.conditions import probed
 from xgblora.config.describe import banner, better, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag, is_size
 from xgblora.config.flags import UNSUPPORTED
@@ -25,6 +26,7 @@ __all__ = [
     "is_size",
     "notes",
     "of_settings",
+    "probed",
     "too_few_rows",
     "warn_rank",
     "without_idle_flags",

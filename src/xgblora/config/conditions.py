@@ -11,6 +11,16 @@ def drawn(settings: Any) -> bool:
     return bool(settings.xgblora_init == "activations" and settings.recipe == "classic" and settings.trainer == "zo")
 
 
+def fitted(settings: Any) -> bool:
+    """Whether pairs are fitted to what layers read: by recipe boost, or as each begins."""
+    return settings.recipe == "boost" or drawn(settings)
+
+
+def probed(settings: Any) -> bool:
+    """Whether steps probe random pairs in random directions."""
+    return settings.trainer == "zo" and not fitted(settings)
+
+
 PACKED = Needs(lambda c: is_gguf(c.model_name), "is for a --model_name that is a .gguf file")
 STAYS = Needs(
     lambda c: not (c.unpack or c.load_4bit or c.load_8bit),
@@ -26,7 +36,7 @@ KEEPS = Applies(lambda c: c.boost_keep != "none", "with --boost_keep none")
 XGBLORA = Applies(lambda c: c.xgblora, "without --xgblora")
 ADAPTIVE = Applies(lambda c: c.xgblora and c.xgblora_use_adaptive_merge, "without --xgblora_use_adaptive_merge")
 LAYERS = Applies(lambda c: c.xgblora or drawn(c), "without --xgblora")
-SUBSET = Applies(lambda c: c.xgblora_layers or c.recipe == "boost" or drawn(c), "without --xgblora_layers")
+SUBSET = Applies(lambda c: c.xgblora_layers or fitted(c), "without --xgblora_layers")
 DRAWN = Applies(drawn, "without --xgblora_init activations")
 RATED = Applies(lambda c: not drawn(c), "with --xgblora_init activations")
 GRADIENTS = Needs(

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from xgblora.config import precision
-from xgblora.config.conditions import drawn
+from xgblora.config.conditions import drawn, probed
 from xgblora.config.flag import Needs
 from xgblora.config.flags import FLAGS
 from xgblora.config.precision import SHORTEST_PROBE
@@ -39,13 +39,7 @@ def notes(config: Any) -> list[str]:
     if by_steps and config.given("xgblora_merge_frequency") and config.xgblora_merge_frequency > 0:
         lines.append("--xgblora_merge_frequency has no effect: --xgblora_steps_per_iteration decides when to merge")
     lines += idle_flags(config, config).values()
-    if (
-        config.trainer == "zo"
-        and config.recipe == "classic"
-        and not drawn(config)
-        and config.load_bfloat16
-        and config.zo_eps < SHORTEST_PROBE
-    ):
+    if probed(config) and config.load_bfloat16 and config.zo_eps < SHORTEST_PROBE:
         lines.append(
             f"--zo_eps {config.zo_eps:g} is short for bfloat16: rounding may be larger than the difference of the two "
             "probes (measured: 2.7 times at 1e-3, 0.3 times at 1e-2); lengthen it or load the base in float32"
@@ -59,8 +53,7 @@ def notes(config: Any) -> list[str]:
 
 def better(config: Any) -> str | None:
     """What would have done better than a training of this configuration, in a line; None where nothing is known."""
-    random = config.trainer == "zo" and config.recipe == "classic" and not drawn(config)
-    return BETTER if random and config.objective == "likelihood" else None
+    return BETTER if probed(config) and config.objective == "likelihood" else None
 
 
 def banner(config: Any) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from xgblora.config.conditions import drawn
+from xgblora.config.conditions import probed
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -21,8 +21,7 @@ def choose(config: Any) -> DType:
     Args:
         config: A :class:`RunConfig`, not settled yet.
     """
-    probes = config.trainer == "zo" and config.recipe == "classic" and not drawn(config)
-    if probes and config.zo_eps < SHORTEST_PROBE:
+    if probed(config) and config.zo_eps < SHORTEST_PROBE:
         return "float32"
     return "bfloat16" if bfloat16_is_faster(torch.cuda.is_available() and not config.use_cpu) else "float32"
 

@@ -11,7 +11,7 @@ import torch
 
 from xgblora import hf
 from xgblora.config import precision
-from xgblora.config.conditions import drawn
+from xgblora.config.conditions import drawn, fitted
 from xgblora.config.describe import warn_rank
 from xgblora.config.flag import bytes_of, default_of
 from xgblora.config.flags import Flags
@@ -191,7 +191,7 @@ class RunConfig(Flags):
     @property
     def fits_boosters(self) -> bool:
         """Whether pairs are fitted to what layers read: by recipe boost, or as each begins."""
-        return self.recipe == "boost" or self.draws_pairs
+        return fitted(self)
 
     @property
     def draws_pairs(self) -> bool:

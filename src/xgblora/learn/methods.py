@@ -198,6 +198,11 @@ class FittedMethod(Method):
         return self.adapters.base.without_gradients()
 
 
+def rows_for_steps(rows: int) -> int:
+    """How many of the training rows steps see, where pairs are drawn from the others."""
+    return max(1, round(STEP_SHARE * rows))
+
+
 class DrawnMethod(Method):
     """Pairs drawn from activations; a step measures how far the one in training should go.
 
@@ -235,7 +240,7 @@ class DrawnMethod(Method):
                 f"got {len(rows)}: raise --num_train"
             )
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.ACTIVATIONS)).tolist()
-        count = max(1, round(STEP_SHARE * len(rows)))
+        count = rows_for_steps(len(rows))
         self.fitted = [rows[place] for place in sorted(order[count:])]
         return [rows[place] for place in sorted(order[:count])]
 
@@ -288,12 +293,14 @@ class DrawnMethod(Method):
     def rows_of(self, number: int) -> list[Example]:
         """The rows of pair ``number``: the next ones of an order that begins anew when all were taken."""
         count = min(self.config.xgblora_init_examples, len(self.fitted))
-        rows = []
-        for place in range(number * count, (number + 1) * count):
-            turn, rest = divmod(place, len(self.fitted))
-            draw = generator(self.config.seed, Stream.ACTIVATIONS, turn + 1)
-            rows.append(self.fitted[int(torch.randperm(len(self.fitted), generator=draw)[rest])])
-        return rows
+        turn, start = divmod(number * count, len(self.fitted))
+        order = self._order(turn) + self._order(turn + 1)
+        return [self.fitted[place] for place in order[start : start + count]]
+
+    def _order(self, turn: int) -> list[int]:
+        """Places of the rows in the order in which they are taken for the ``turn``-th time."""
+        draw = generator(self.config.seed, Stream.ACTIVATIONS, turn + 1)
+        return list(torch.randperm(len(self.fitted), generator=draw).tolist())
 
     def _directions(self, rows: Sequence[Example]) -> int:
         """How many of the pair's ranks are used."""

@@ -14,7 +14,7 @@ from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base
 from xgblora.base.architecture import context_length
 from xgblora.base.load import load_configured, load_model_config, load_tokenizer, tiny_model
-from xgblora.config import EMBEDDED_MODEL, RunConfig, flag
+from xgblora.config import EMBEDDED_MODEL, RunConfig, flag, probed
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.rewards import load_reward
@@ -95,8 +95,7 @@ def check(config: CheckConfig) -> bool:
         logger.info("  alpha: %g", adapters.scaling * adapters.rank)
         logger.info("  scaling (alpha/r): %s", adapters.scaling)
         logger.info("  adapted layers: %d, trainable parameters: %s", len(adapters.layers), f"{adapters.size:,}")
-        probed = config.trainer == "zo" and not configured.fits_boosters
-        lost = eps_lost(adapters, config.zo_eps) if probed else 0.0
+        lost = eps_lost(adapters, config.zo_eps) if probed(configured) else 0.0
         if lost > 0.5:
             logger.error("FAILED: --zo_eps %g is lost in float32 for %.0f %% of A: raise it", config.zo_eps, 100 * lost)
             sound = False

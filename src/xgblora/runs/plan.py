@@ -13,7 +13,7 @@ from xgblora.adapters.boosters import Ledger
 from xgblora.config import RunConfig, banner, changed
 from xgblora.learn.evaluate import evaluate
 from xgblora.learn.losses import AnswerLoss
-from xgblora.learn.methods import PLACES
+from xgblora.learn.methods import PLACES, rows_for_steps
 from xgblora.learn.objectives import judges_of
 from xgblora.learn.schedule import resolve
 from xgblora.progress import quiet
@@ -80,9 +80,8 @@ def plan(config: RunConfig, workspace: Workspace) -> Plan:
         shown = 1 + config.train_rows  # answered examples before each prompt
         return Plan(0, 0, 0, 2 * both, 0.0, (1 + shown) * both * scored, 0.0)
     memory = PeakMemory(config.device)
-    steps_per_epoch = -(
-        -len(workspace.train) // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    )
+    rows = rows_for_steps(len(workspace.train)) if config.draws_pairs else len(workspace.train)
+    steps_per_epoch = -(-rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps))
     steps = config.max_steps if config.max_steps > 0 else round(config.num_train_epochs * steps_per_epoch)
     merges = resolve(config, steps, steps_per_epoch).expected_merges if config.xgblora else 0
     if config.recipe == "boost":
@@ -123,8 +122,10 @@ def _fitted(config: RunConfig, workspace: Workspace) -> tuple[int, float]:
 def _drawn(config: RunConfig, workspace: Workspace, steps: int, pairs: int) -> tuple[int, float]:
     """Examples that steps and pairs drawn from activations forward, and their seconds: as many for each example."""
     step_seconds, _ = _timed(config, workspace, workspace.train, TIMED_STEPS)
-    of_step = PLACES * min(config.per_device_train_batch_size, len(workspace.train))
-    forwarded = steps * of_step + pairs * min(config.xgblora_init_examples, len(workspace.train))
+    rows = len(workspace.train)
+    stepped = rows_for_steps(rows)
+    of_step = PLACES * min(config.per_device_train_batch_size, stepped)
+    forwarded = steps * of_step + pairs * min(config.xgblora_init_examples, rows - stepped)
     return forwarded, step_seconds * forwarded / of_step
 
 
