@@ -109,6 +109,51 @@ def test_as_many_ranks_are_used_as_options_have_directions(options: int, rank: i
     assert B.any(0).tolist() == [number < used for number in range(rank)]
 
 
+@pytest.mark.parametrize(("options", "asked", "used"), [(2, 4, 1), (4, 8, 3), (4, 2, 2), (4, 1, 1)])
+def test_boosters_have_as_many_directions_as_options_need(options: int, asked: int, used: int, tmp_path: Path) -> None:
+    rows = examples(64, [[40 + number] for number in range(options)])
+    trainer, _ = drawn(tmp_path, rows, max_steps=8, xgblora_init_directions=asked, **BOOSTED)
+    assert trainer.adapters.ranks == [used]
+    assert trainer.adapters.rank == used
+    assert trainer.adapters.total_rank == 2 * used
+
+
+def test_without_a_merge_boosters_of_several_directions_are_lora_to_the_last_bit(tmp_path: Path) -> None:
+    rows = examples(64, [[40 + number] for number in range(4)])
+    lora, of_lora = drawn(tmp_path / "lora", rows, lora=True, lora_r=3, lora_alpha=48)  # alpha / r as of rank 1
+    boosted, of_boosted = drawn(
+        tmp_path / "xgblora", rows, xgblora=True, xgblora_merge_frequency=0, xgblora_init_directions=3
+    )
+    assert of_lora == of_boosted
+    for mine, theirs in zip(lora.adapters.layers.values(), boosted.adapters.layers.values(), strict=True):
+        assert torch.equal(mine.lora_A, theirs.lora_A)
+        assert torch.equal(mine.lora_B, theirs.lora_B)
+
+
+def test_boosters_along_several_directions_learn_more_options(tmp_path: Path) -> None:
+    """Four options need three directions; with one at a time, two boosters leave one of them out."""
+    options = [[40 + number] for number in range(4)]
+    losses = []
+    for directions in (1, 3):
+        flags = BOOSTED | {"xgblora_init_directions": directions, "max_steps": 12, "per_device_train_batch_size": 16}
+        trainer, _ = drawn(tmp_path / str(directions), examples(240, options), **flags)
+        losses.append(trainer.evaluate(examples(100, options, seed=2))["eval_loss"])
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_resumed_run_of_several_directions_is_the_run_that_never_stopped(tmp_path: Path) -> None:
+    flags = BOOSTED | {"xgblora_init_directions": 3, "max_steps": 20}
+    flags |= {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 99}
+    rows = examples(64, [[40 + number] for number in range(4)])
+    whole, losses = drawn(tmp_path / "whole", rows, **flags)
+    resumed, tail = drawn(tmp_path / "resumed", rows, **flags, resume=str(tmp_path / "whole" / "checkpoint-16"))
+    assert tail == losses
+    assert resumed.adapters.ranks == whole.adapters.ranks == [3, 3, 3]
+    for mine, theirs in zip(resumed.adapters.layers.values(), whole.adapters.layers.values(), strict=True):
+        for matrix in ("lora_A", "lora_B", "booster_A", "booster_B"):
+            assert torch.equal(getattr(mine, matrix), getattr(theirs, matrix)), matrix
+
+
 def test_a_text_loss_is_learned(tmp_path: Path) -> None:
     """A dozen words as answers, each told by the prompt's first token, as a language model says them."""
     rows = [

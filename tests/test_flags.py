@@ -145,6 +145,7 @@ ELSEWHERE: dict[str, str] = {
     "objective": "test_rewards.py: follows from --reward, and is refused without it",
     "load_8bit": "test_streamed_folder.py: test_from_eight_bits_to_an_answer",
     "load_4bit": "test_quantised.py: test_from_four_bits_to_an_answer",
+    "xgblora_init_directions": ("test_activations_init.py: test_boosters_along_several_directions_learn_more_options"),
     "unpack": "test_packed.py: test_from_a_file_to_an_answer",
     "memory_budget": "test_packed.py: test_a_budget_lets_go_of_weights",
     "activation_cache_gb": "test_cli.py: bounds memory; the numbers are the same (test_prefix.py)",
@@ -241,11 +242,11 @@ TIMES = re.compile(rb'"[a-z_]*(seconds|memory)[a-z_]*": [^,}\n]*|"sha256": \{[^}
 
 
 def left(folder: Path) -> dict[str, bytes]:
-    """What a run leaves, without times and paths, and without config.json, where every flag stands."""
+    """What a run leaves, without times and paths, and without config.json and the report, where every flag stands."""
     return {
         str(file.relative_to(folder)): TIMES.sub(b"", file.read_bytes()).replace(bytes(folder), b"")
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in ("config.json", "manifest.json")
+        if file.is_file() and file.name not in ("config.json", "manifest.json", "report.html")
     }
 
 

@@ -163,6 +163,12 @@ class Flags(TrainingArguments):
         *(CLASSIC, ZO, LABELS),
     )
     xgblora_init_examples: int = flag(256, "Examples that such a pair is fitted to, at most.", at_least(2), DRAWN)
+    xgblora_init_directions: int = flag(
+        1,
+        "Along how many directions at once such a pair of XGBLoRA moves the answer, at most, which is its rank. For "
+        "more than two options take options - 1, up to 8.",
+        *(at_least(1), XGBLORA, DRAWN),
+    )
     lora: bool = flag(False, "Train one low-rank adapter (the default method).")
     xgblora: bool = flag(False, "Train rank-1 boosters, one after the other.")
     lora_r: int | None = flag(

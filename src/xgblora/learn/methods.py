@@ -20,7 +20,7 @@ from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Estimator, Key, estimator, losses_along
 from xgblora.learn.fitted import RECIPES, Recipe
 from xgblora.learn.fitted.activations import Forwards
-from xgblora.learn.fitted.boost import option_directions, put, step_by
+from xgblora.learn.fitted.boost import give_rank, option_directions, put, step_by
 from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.step_length import NewtonLength
@@ -239,6 +239,8 @@ class DrawnMethod(Method):
                 f"--xgblora_init activations fits pairs to rows that no step sees, so it needs {LEAST_ROWS} at least, "
                 f"got {len(rows)}: raise --num_train"
             )
+        if self.config.xgblora:
+            give_rank(self.adapters, self._directions(rows, self.config.xgblora_init_directions))
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.ACTIVATIONS)).tolist()
         count = rows_for_steps(len(rows))
         self.fitted = [rows[place] for place in sorted(order[count:])]
@@ -281,7 +283,7 @@ class DrawnMethod(Method):
             (seen,) = forwards.observe(rows)
             loss = TailLoss(forwards, seen)
             with forwards.base.held():
-                learner = fit(seen, loss, DRAWN_RIDGE, self._directions(rows), note=forwards.tell)
+                learner = fit(seen, loss, DRAWN_RIDGE, self._directions(rows, self.adapters.rank), note=forwards.tell)
         put(self.adapters, learner, 1.0)
         layers = [layer for layer, _, _ in self.adapters.slices]
         parts = [part for layer in layers for part in (torch.zeros_like(layer.lora_A), layer.lora_B)]
@@ -302,12 +304,9 @@ class DrawnMethod(Method):
         draw = generator(self.config.seed, Stream.ACTIVATIONS, turn + 1)
         return list(torch.randperm(len(self.fitted), generator=draw).tolist())
 
-    def _directions(self, rows: Sequence[Example]) -> int:
-        """How many of the pair's ranks are used."""
-        rank = self.adapters.rank
-        if not isinstance(self.loss, OptionLoss):
-            return rank
-        return min(rank, option_directions(rows))
+    def _directions(self, rows: Sequence[Example], most: int) -> int:
+        """Along how many directions, ``most`` of them, a pair is fitted to these rows."""
+        return min(most, option_directions(rows)) if isinstance(self.loss, OptionLoss) else most
 
     def without_gradients(self) -> AbstractContextManager[None]:
         return self.adapters.base.without_gradients()

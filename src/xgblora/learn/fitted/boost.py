@@ -78,13 +78,7 @@ class BoostRecipe(Recipe):
         count = self.config.boost_searched(len(rows))
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.SEARCH)).tolist()
         fitted = order[count : count + self.config.boost_teacher_examples]
-        if self.adapters.rank != (rank := self._directions(rows)):
-            if not self.adapters.pair_is_zero:
-                raise XgbloraError(
-                    f"recipe boost trains a pair of rank {rank}, and the one that is there, of rank "
-                    f"{self.adapters.rank}, has learned something: merge it first (Ledger.merge)"
-                )
-            self.adapters.resize_pair(rank)
+        give_rank(self.adapters, self._directions(rows))
         self.searched = [rows[i] for i in order[:count]]
         self.fitted = [rows[i] for i in sorted(fitted)]
         return self.fitted
@@ -186,6 +180,22 @@ class BoostRecipe(Recipe):
             losses,
         )
         return teacher, teacher.cost
+
+
+def give_rank(adapters: Adapters, rank: int) -> None:
+    """Let the pair in training, which is a new one, have this rank.
+
+    Raises:
+        XgbloraError: It has another one, and has learned something.
+    """
+    if adapters.rank == rank:
+        return
+    if not adapters.pair_is_zero:
+        raise XgbloraError(
+            f"boosters of this training have rank {rank}, and the pair that is there, of rank {adapters.rank}, has "
+            "learned something: merge it first (Ledger.merge)"
+        )
+    adapters.resize_pair(rank)
 
 
 def option_directions(rows: Sequence[Example]) -> int:
