@@ -117,7 +117,7 @@ def run(command: str, model: Path) -> None:
     argv = small(arguments(command), model)
     if argv[0] in ("push", "demo", "chat"):  # test_push.py, test_demo.py and test_predict.py run them
         return
-    if argv[0] in ("predict", "eval", "stages", "export") and not Path(argv[1]).is_dir():
+    if argv[0] in ("predict", "eval", "report", "stages", "export") and not Path(argv[1]).is_dir():
         made = f"xgblora train --recipe boost --task_file examples/own_data/packages.yaml --output_dir {argv[1]}"
         assert main(small(arguments(made), model)) == 0
     assert main(argv) in ((0, 1) if argv[0] == "check" else (0,)), command
@@ -149,7 +149,7 @@ def test_commands_name_what_there_is(page: str, desk: Path) -> None:
             argv = [token for token in argv if token != "--dry_run"]
             if verb in ("compare", "boost"):
                 parse_experiment(verb, argv)
-            elif verb in ("predict", "eval", "chat", "stages", "export"):
+            elif verb in ("predict", "eval", "chat", "report", "stages", "export"):
                 parse_of_run(KINDS[verb], verb, argv)
             else:
                 parse(KINDS[verb], verb, with_config(KINDS[verb], verb, argv)[0])

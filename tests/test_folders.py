@@ -192,7 +192,7 @@ def test_a_run_that_was_stopped_for_a_while_ends_as_if_it_had_not_been(small: li
 def test_every_verb_says_that_a_folder_is_read_only(
     verb: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with limited(tmp_path / "disk", 3_000_000):
+    with limited(tmp_path / "disk", 12_000_000):
         folder = tmp_path / "disk" / "run"
         assert main(argv(folder, small, "--max_steps", "4", "--save_steps", "4")) == 0
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from xgblora.report import (
@@ -85,11 +88,59 @@ def test_the_loss_figure_names_its_axes_methods_and_merges(tmp_path: Path) -> No
     for words in (
         "step",
         "loss",
-        "LoRA+ZO, mean of 2 seed",
-        "XGBLoRA+ZO, mean of 1 seed",
+        "LoRA+ZO, 2 seeds, running mean over 2 points",
+        "XGBLoRA+ZO, 1 seed, running mean over 2 points",
         "merge: a booster is frozen",
     ):
         assert f"<!-- {words}" in text or words in text
+
+
+def _drawn(draw: Any, runs: list[Curves], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Axes]:
+    """The axes of a figure, as they are when it is written."""
+    kept: list[Figure] = []
+    write = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **b: (kept.append(figure), write(figure, *a, **b)))
+    draw(runs, tmp_path / "figure.png")
+    return list(kept[0].axes)
+
+
+def _with_base(runs: list[Curves]) -> list[Curves]:
+    return [
+        replace(run, result=replace(run.result, zero_shot_dev_accuracy=0.5, zero_shot_dev_loss=0.75)) for run in runs
+    ]
+
+
+def test_evaluations_begin_with_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (axes,) = _drawn(draw_eval, _with_base(RUNS), monkeypatch, tmp_path)
+    curves_of_runs = [line for line in axes.lines if len(line.get_xdata()) == 5]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in curves_of_runs] == [(0, 50)] * 3
+    assert "50 development rows" in axes.get_title()
+
+
+def test_without_boosters_there_is_a_line_across(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    accuracies, losses = _drawn(draw_merge_eval, _with_base(RUNS), monkeypatch, tmp_path)
+    for axes, values, base in ((accuracies, (75, 85), 50), (losses, (0.025, 0.025), 0.75)):
+        across, boosted = axes.lines[:2], axes.lines[2]
+        assert [tuple(line.get_ydata()) for line in across] == [(value, value) for value in values]
+        assert list(boosted.get_xdata()) == [0, 1, 2, 3]
+        assert boosted.get_ydata()[0] == base
+
+
+@pytest.mark.parametrize("runs", [[RUNS[0], RUNS[2]], RUNS[:2]], ids=["one seed", "two seeds"])
+def test_one_seed_has_an_interval_and_several_are_seen(
+    runs: list[Curves], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left, right = _drawn(draw_summary, runs, monkeypatch, tmp_path)
+    one = len({run.result.seed for run in runs}) == 1
+    assert ("interval of 1 seed" in left.get_title()) is one
+    assert ("1 seed" in right.get_title()) is one
+    ends = [segment for bar in left.containers if isinstance(bar, ErrorbarContainer) for segment in bar[2]]
+    assert len(ends) == (2 if one else 0)
+    if one:
+        (line,) = ends[0].get_segments()
+        assert line[:, 1].tolist() == pytest.approx([100 * end for end in runs[0].result.interval])
+    dots = [line for line in left.lines if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in dots] == ([] if one else [[75, 85]])
 
 
 def test_the_table_says_by_how_much() -> None:

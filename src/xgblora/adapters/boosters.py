@@ -79,9 +79,8 @@ class Ledger:
         rows = slice(start, start + self.adapters.ranks[number])
         for name, layer in self.adapters.layers.items():
             A, B = layer.booster_A[rows].double(), layer.booster_B[:, rows].double()
-            squared = ((A @ A.T) * (B.T @ B)).sum().item()  # |B A|^2, without the matrix
-            if squared > 0:
-                norms[name] = layer.scaling * squared**0.5
+            if (norm := files.product_norm(A, B)) > 0:
+                norms[name] = layer.scaling * norm
         return sum(norm**2 for norm in norms.values()) ** 0.5, norms
 
     def note_evaluation(self, step: int, evaluation: dict[str, float]) -> None:

@@ -82,6 +82,33 @@ def read(folder: Path) -> Stored:
     return Stored(folder, entries, read_tensors(folder / WEIGHTS), task, fingerprint)
 
 
+def delta_norms(folder: Path) -> dict[str, list[float]]:
+    """What each booster of a stored adapter adds to the weight of each adapted layer, as a Frobenius norm.
+
+    Args:
+        folder: As :func:`read` takes it. The pair in training, and so all of a LoRA, counts as the last booster.
+
+    Raises:
+        XgbloraError: As :func:`read` does.
+    """
+    stored = read(folder)
+    ranks = [booster.get("rank", 1) for booster in stored.entries["boosters"]] + [stored.entries["rank"]]
+    norms: dict[str, list[float]] = {}
+    before, after = tensor_name("NAME", "A").split("NAME")
+    for name in stored.tensors:
+        if name.startswith(before) and name.endswith(after):
+            layer = name.removeprefix(before).removesuffix(after)
+            A, B = (stored.tensors[tensor_name(layer, matrix)].double() for matrix in "AB")
+            pairs = zip(A.split(ranks), B.split(ranks, dim=1), strict=True)
+            norms[layer] = [stored.entries["scaling"] * product_norm(*pair) for pair in pairs]
+    return norms
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """Frobenius norm of B A (out, in), without that matrix. A (rank, in) and B (out, rank), in float64."""
+    return max(((A @ A.T) * (B.T @ B)).sum().item(), 0.0) ** 0.5
+
+
 def require_entries(folder: Path, entries: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """Raise :class:`XgbloraError` where a file of an adapter or a checkpoint lacks some entries."""
     if missing := set(names) - set(entries):

@@ -15,6 +15,7 @@ from xgblora.runs.conversation import ChatConfig
 from xgblora.runs.demo import DemoConfig
 from xgblora.runs.experiment import ExperimentConfig
 from xgblora.runs.export import ExportConfig
+from xgblora.runs.html_report import ReportConfig
 from xgblora.runs.judge import JudgeConfig
 from xgblora.runs.preview import PreviewConfig
 from xgblora.runs.push import PushConfig
@@ -24,9 +25,10 @@ KINDS: dict[str, type] = {
     **{"demo": DemoConfig, "tasks": PreviewConfig, "train": RunConfig, "compare": ExperimentConfig},
     **{"boost": ExperimentConfig, "check": CheckConfig, "stages": StagesConfig, "export": ExportConfig},
     **{"predict": PredictConfig, "eval": JudgeConfig, "chat": ChatConfig, "push": PushConfig},
+    "report": ReportConfig,
 }
 """The flags of each verb that has some."""
-OF_RUNS = ("predict", "eval", "chat", "stages", "export", "push")
+OF_RUNS = ("predict", "eval", "chat", "report", "stages", "export", "push")
 FILES = ("file", "task_file", "output", "result_file")
 FOLDERS = ("data_dir", "output_dir", "output_root", "init_adapter")
 

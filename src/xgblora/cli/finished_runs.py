@@ -8,6 +8,7 @@ from xgblora.errors import XgbloraError
 from xgblora.report import stages_closing, wilson
 from xgblora.runs.export import ExportConfig
 from xgblora.runs.export import export as write_export
+from xgblora.runs.html_report import ReportConfig, report_of
 from xgblora.runs.push import PushConfig
 from xgblora.runs.push import push as upload
 from xgblora.runs.stages import StagesConfig
@@ -32,6 +33,15 @@ def stages(verb: str, argv: list[str]) -> int:
         table.add_row(str(stage.boosters), f"{100 * stage.accuracy:.1f}", interval, f"{stage.loss:.4f}", *dev)
     print(stages_closing({stage.boosters: stage.dev_loss for stage in scored if stage.dev_loss is not None}, run))
     print_table(table, files)
+    return 0
+
+
+def report(verb: str, argv: list[str]) -> int:
+    """A page with charts."""
+    set_up_output()
+    run, texts, config = parse_of_run(ReportConfig, verb, argv)
+    _no_texts(texts)
+    print(report_of(run, config))
     return 0
 
 

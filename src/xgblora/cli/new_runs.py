@@ -7,7 +7,7 @@ from pathlib import Path
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse, parse_experiment, with_config
 from xgblora.config import RunConfig, better
-from xgblora.report import METRICS, RunResult, closing, read_curves, results_table
+from xgblora.report import METRICS, REPORT, RunResult, closing, read_curves, results_table
 from xgblora.runs.arms import arm_folder
 from xgblora.runs.check import CheckConfig
 from xgblora.runs.check import check as carry_out_check
@@ -15,6 +15,7 @@ from xgblora.runs.demo import DemoConfig
 from xgblora.runs.demo import demo as carry_out_demo
 from xgblora.runs.experiment import ExperimentConfig, Result, arms, experiment
 from xgblora.runs.folder import ADAPTER, contents, dev_losses, folder_of, require_ours, task_of
+from xgblora.runs.html_report import report_at_the_end
 from xgblora.runs.plan import Plan, plan, whole
 from xgblora.runs.run import run
 from xgblora.runs.run_yaml import RunFile
@@ -38,6 +39,7 @@ def train(verb: str, argv: list[str]) -> int:
     run(config)
     folder = folder_of(config)
     files = [folder / name for name in (ADAPTER, TRAINING_LOSS, METRICS)]
+    files += report_at_the_end([folder], folder / REPORT)
     curves = read_curves(folder)
     _close(curves.result, folder, config)
     _show(Result([curves], [file for file in files if file.exists()]))

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -38,10 +40,11 @@ def draw_loss(runs: Sequence[Curves], path: Path) -> None:
             window = max(1, shared // 20)
             smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
             steps = unit(group[0]) * _measured(group[0])[window - 1 : shared]
-            name = f"{label}, mean of {len(group)} seed(s)" + (f", running over {window} points" if window > 1 else "")
+            name = f"{label}, {_seeds(group)}" + (f", running mean over {window} points" if window > 1 else "")
             axes.plot(steps, smooth, style, color=colour, linewidth=2.4, label=name)
         for run in group:
-            merges = run.result.merge_steps
+            if not (merges := run.result.merge_steps):
+                continue  # an empty line would count as one at the figure's corner
             axes.plot(unit(run) * np.array(merges), [0.015] * len(merges), "|", color=colour, markersize=12,
                       markeredgewidth=1.6, transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
     _finish(figure, axes, path, merges=any(run.result.merges for run in runs))
@@ -53,22 +56,29 @@ LOSS = "loss (nats)", "eval_loss", 1
 
 
 def draw_eval(runs: Sequence[Curves], path: Path) -> None:
-    """Accuracy, reward or, of answers that were not written, loss on the dev rows over steps, with merges marked."""
+    """Accuracy, reward or, of answers that were not written, loss on the dev rows over steps, from the base on.
+
+    Merges are marked.
+    """
     work, unit = _work(runs)
     column, factor, name = "eval_loss", 1, "loss (nats)"
     if _rewarded(runs):
         column, name = "eval_reward", "reward"
     elif _answered(runs):
         column, factor, name = "eval_accuracy", 100, "accuracy (%)"
-    figure, axes = _canvas(f"{name.split(' ')[0].capitalize()} on the development rows", work, name, runs)
+    rows = runs[0].result.rows["dev"]
+    figure, axes = _canvas(f"{name.split(' ')[0].capitalize()} on {rows:,} development rows", work, name, runs)
     for number, (label, group) in enumerate(_by_label(runs).items()):
         colour = COLOURS[number % 4]
         for run in group:
-            legend = label if run is group[0] else None
+            legend = f"{label}, {_seeds(group)}" if run is group[0] else None
             work_done, reached = unit(run) * _column(run.evals, "step"), factor * _column(run.evals, column)
-            axes.plot(work_done, reached, "o-", markersize=3, color=colour, alpha=0.8, label=legend)
             merged = np.array([line["merge"] for line in run.evals], dtype=bool)
             axes.plot(work_done[merged], reached[merged], "D", markersize=7, color=colour)
+            before = run.result.before_on_dev(column)
+            if before is not None:
+                work_done, reached = np.insert(work_done, 0, 0.0), np.insert(reached, 0, factor * before)
+            axes.plot(work_done, reached, "o-", markersize=3, color=colour, alpha=0.8, label=legend)
     _finish(figure, axes, path, merges=any(run.result.merges for run in runs), merge_marker="D")
 
 
@@ -99,15 +109,24 @@ def _work(runs: Sequence[Curves]) -> tuple[str, Callable[[Curves], float]]:
 
 
 def draw_merge_eval(runs: Sequence[Curves], path: Path) -> None:
-    """Dev accuracy, where it was measured, and loss after each booster, in order: what every booster added."""
+    """Dev accuracy, where it was measured, and loss with the first boosters; without boosters, a line across."""
     measured = [ACCURACY, LOSS] if _answered(runs) else [LOSS]
     figure, panels = _booster_panels("Development {} after each booster", [name for name, _, _ in measured])
     for number, (label, group) in enumerate(_by_label(runs).items()):
-        for run in group:
-            points = [line for line in run.evals if line["merge"]] + run.evals[-1:]
+        for run in (run for run in group if run.evals):
+            points = [line for line in run.evals if line["merge"]]
+            points += [] if run.evals[-1]["merge"] else run.evals[-1:]
             for axes, (_, column, factor) in zip(panels, measured, strict=True):
-                axes.plot(np.arange(1, len(points) + 1), factor * _column(points, column), "o-",
-                          color=COLOURS[number % 4], alpha=0.8, label=label if run is group[0] else None)  # fmt: skip
+                style: dict[str, Any] = {"color": COLOURS[number % 4], "alpha": 0.8}
+                style["label"] = f"{label}, {_seeds(group)}" if run is group[0] else None
+                if not run.result.merges:
+                    axes.axhline(factor * points[-1][column], linestyle="--", **style)
+                    continue
+                before, counts = run.result.before_on_dev(column), np.arange(1, len(points) + 1)
+                values = factor * _column(points, column)
+                if before is not None:
+                    counts, values = np.insert(counts, 0, 0), np.insert(values, 0, factor * before)
+                axes.plot(counts, values, "o-", **style)
     _finish_panels(figure, panels, path)
 
 
@@ -134,18 +153,17 @@ def _booster_panels(title: str, names: Sequence[str]) -> tuple[Figure, Sequence[
 
 
 def _finish_panels(figure: Figure, panels: Sequence[Axes], path: Path) -> None:
-    for axes in panels:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    _legend(figure, *panels[0].get_legend_handles_labels())
     _save(figure, path)
 
 
 def draw_summary(runs: Sequence[Curves], path: Path) -> None:
-    """Held-out accuracy against zero-shot, and the time of a training: mean over seeds, bars of one standard deviation.
+    """Held-out accuracy against zero-shot, and the time of a training.
 
-    The whole training's time, since a step of one method may be a whole booster of another.
+    Of several seeds the mean and every seed; of one seed the 95 % interval that its rows leave. The whole training's
+    time, since a step of one method may be a whole booster of another.
     """
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (label, group) in enumerate(_by_label(runs).items()):
         accuracies = [100 * run.result.accuracy for run in group]
@@ -153,20 +171,32 @@ def draw_summary(runs: Sequence[Curves], path: Path) -> None:
         for axes, values, form in ((left, np.array(accuracies), "{:.1f} %"), (right, np.array(seconds), "{:.3g} s")):
             if not len(values):
                 continue  # nothing was trained
-            spread = values.std(ddof=1) if len(values) > 1 else 0
-            axes.bar(label, values.mean(), yerr=spread, color=COLOURS[number % 4], capsize=6, width=0.6)
-            axes.plot([label] * len(values), values, "o", color="black", markersize=3, alpha=0.6)
-            text = form.format(values.mean()) + (f" ± {spread:.2g}" if len(values) > 1 else "")
-            axes.annotate(text, (label, values.mean() + spread), (0, 4), textcoords="offset points", ha="center")
+            mean, top = values.mean(), values.max()
+            axes.bar(label, mean, color=COLOURS[number % 4], width=0.6)
+            if len(values) > 1:
+                axes.plot([label] * len(values), values, "o", color="black", markersize=4, alpha=0.7)
+            elif axes is left:
+                low, top = (100 * end for end in group[0].result.interval)
+                axes.errorbar(label, mean, [[mean - low], [top - mean]], color="black", capsize=6)
+            axes.annotate(form.format(mean), (label, top), (0, 4), textcoords="offset points", ha="center")
     zero_shot = 100 * float(np.mean([run.result.zero_shot_accuracy for run in runs]))
     left.axhline(zero_shot, color="grey", linestyle="--", label=f"zero-shot {zero_shot:.1f} %")
     first = runs[0].result
-    left.set(title=f"Accuracy on {first.rows['evaluation']} held-out {first.evaluation_split} rows ({first.task})",
-             ylabel="accuracy (%)", ylim=(0, 105))  # fmt: skip
-    left.legend(loc="lower right")
-    right.set(title="Time of the training steps", ylabel="seconds")
+    most = max(len(group) for group in _by_label(runs).values())
+    spread = "bars: 95 % interval of 1 seed" if most == 1 else f"dots: {most} seeds"
+    left.set(title=f"{first.task}: accuracy on {first.rows['evaluation']:,} {first.evaluation_split} rows\n({spread})",
+             ylabel="accuracy (%)", ylim=(0, 110))  # fmt: skip
+    _legend(figure, *left.get_legend_handles_labels())
+    right.set(title=f"Time of a training\n({'1 seed' if most == 1 else f'mean of {most} seeds'})", ylabel="seconds")
     right.margins(y=0.15)
+    for axes in (left, right):
+        axes.tick_params(axis="x", rotation=0 if len(_by_label(runs)) < 5 else 30)
     _save(figure, path)
+
+
+def _seeds(group: Sequence[Curves]) -> str:
+    """How many runs a line is about."""
+    return "1 seed" if len(group) == 1 else f"{len(group)} seeds"
 
 
 def _by_label(runs: Sequence[Curves]) -> dict[str, list[Curves]]:
@@ -194,9 +224,14 @@ def _finish(figure: Figure, axes: Axes, path: Path, merges: bool, merge_marker: 
     if merges:
         handles.append(Line2D([], [], color="black", marker=merge_marker, linestyle="", markersize=8))
         labels.append("merge: a booster is frozen")
-    if handles:
-        axes.legend(handles, labels)
+    _legend(figure, handles, labels)
     _save(figure, path)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """Below the axes, where no data can be under it."""
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
 def _save(figure: Figure, path: Path) -> None:

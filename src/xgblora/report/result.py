@@ -15,6 +15,7 @@ ESTIMATORS = {"zo": "+ZO", "regular": "+backprop"}
 OPTIONAL = {
     "rows_won": ("rows_won", "rows_lost"),
     "zero_shot_dev_loss": ("zero_shot_dev_loss",),
+    "zero_shot_dev_accuracy": ("zero_shot_dev_accuracy",),
     "metric": ("metric", "score", "zero_shot_score", "dev_score"),
     "reward": ("reward", "zero_shot_reward", "dev_reward"),
     "other_text_loss": ("other_text_loss", "zero_shot_other_text_loss"),
@@ -56,6 +57,7 @@ class RunResult:
     """None for a run without dev rows, as everything that begins with ``dev_``."""
     dev_loss: float | None
     zero_shot_dev_loss: float | None = None
+    zero_shot_dev_accuracy: float | None = None
     rows_won: int | None = None
     """Evaluation rows that the model has right and the base had wrong."""
     rows_lost: int | None = None
@@ -108,6 +110,14 @@ class RunResult:
         if self.other_text_loss is None or self.zero_shot_other_text_loss is None:
             return None
         return self.other_text_loss - self.zero_shot_other_text_loss
+
+    def before_on_dev(self, column: str) -> float | None:
+        """What the base had on the dev rows, where that is known.
+
+        Args:
+            column: Of an evaluation: ``eval_accuracy``, ``eval_loss`` or ``eval_reward``.
+        """
+        return {"eval_accuracy": self.zero_shot_dev_accuracy, "eval_loss": self.zero_shot_dev_loss}.get(column)
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""

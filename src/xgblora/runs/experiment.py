@@ -11,6 +11,7 @@ from xgblora.config import RunConfig, flag
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.report import (
+    REPORT,
     Curves,
     draw_eval,
     draw_loss,
@@ -22,6 +23,7 @@ from xgblora.report import (
 )
 from xgblora.runs.arms import METHODS, arm, arm_folder, idle_notes
 from xgblora.runs.folder import CONFIG, contents, finished_result, folder_of, task_of
+from xgblora.runs.html_report import report_at_the_end
 from xgblora.runs.run import run
 from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.runs.workspace import Workspace
@@ -230,7 +232,7 @@ def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:
             continue
         draw(curves if draw is draw_summary or not trained else trained, path)
         files.append(path)
-    return Result(curves, [*files, summary])
+    return Result(curves, [*files, summary, *report_at_the_end(folders, root / REPORT)])
 
 
 def _identical(curves: Sequence[Curves]) -> dict[str, bool]:

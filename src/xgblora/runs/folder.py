@@ -10,7 +10,8 @@ from xgblora.config import RunConfig, differences
 from xgblora.errors import XgbloraError
 from xgblora.files import digest, is_part, read_json, remove_parts, remove_sealed, require_sealed, write_json
 from xgblora.learn.rewards import reward_file
-from xgblora.report import METRICS, RunResult
+from xgblora.report import ANSWERS, METRICS, REPORT, RunResult
+from xgblora.runs.environment import ENVIRONMENT
 from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.tasks import Chat, Task, data_files, get_task, load_task
 from xgblora.training.checkpoints import FILES, checkpoints
@@ -20,7 +21,7 @@ from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS
 CONFIG = "config.json"
 ADAPTER = "adapter"
 STATE = "trainer_state.json"
-WRITTEN = (METRICS, TRAINING_LOSS, EVAL_LOSS, STATE, RUN_YAML, CONFIG)
+WRITTEN = (METRICS, REPORT, ANSWERS, ENVIRONMENT, TRAINING_LOSS, EVAL_LOSS, STATE, RUN_YAML, CONFIG)
 """The files of a run, beside its adapter and its checkpoints."""
 DIGESTS = "sha256"
 """The entry of ``config.json`` with the digests of the files that a run reads."""

@@ -11,15 +11,13 @@ from datasets import Dataset
 from xgblora.config import flag
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
-from xgblora.learn.evaluate import Evaluation, evaluate, right
+from xgblora.learn.evaluate import Evaluation, evaluate
 from xgblora.learn.generation import Writer, exact_match_and_f1
 from xgblora.learn.losses import AnswerLoss, OptionLoss, TextLoss
-from xgblora.report import wilson
+from xgblora.report import calibration, calibration_error, wilson
+from xgblora.runs.answering import answers_of
 from xgblora.runs.finished import FinishedRun, RunPredictor, UseConfig
 from xgblora.tasks import Task, encode, read_rows
-
-BINS = 10
-"""Of the calibration error: equally wide, over the probability of the answer."""
 
 
 @dataclass
@@ -104,7 +102,7 @@ def judge(run: FinishedRun, predictor: RunPredictor, rows: Dataset, progress: bo
     else:
         options = _of_options(task, rows, examples, evaluation)
         f1 = sum(option.f1 for option in options) / len(options) if options else evaluation.accuracy
-        error = _calibration_error(evaluation, right(examples, evaluation))
+        error = calibration_error(calibration(answers_of(examples, evaluation, predictor.tokenizer)))
     return Judgement(
         rows=len(examples),
         accuracy=evaluation.accuracy,
@@ -132,10 +130,3 @@ def _of_options(task: Any, rows: Dataset, examples: Sequence[Example], evaluatio
         f1 = 2 * hits / (there + given) if there + given else 0.0
         of_options.append(OfOption(name, int(there), precision, recall, f1, matrix[place].tolist()))
     return of_options
-
-
-def _calibration_error(evaluation: Evaluation, hits: Sequence[bool]) -> float:
-    from torchmetrics.functional.classification import binary_calibration_error  # slow to import
-
-    sure = torch.tensor([float(likely.max()) for likely in evaluation.probabilities])
-    return float(binary_calibration_error(sure, torch.tensor(hits, dtype=torch.long), n_bins=BINS, norm="l1"))

@@ -18,7 +18,7 @@ from xgblora.base.packed import budgeted_file
 from xgblora.config import RunConfig, banner, notes
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError, naming
-from xgblora.files import add_card, require_writable, verify, write_atomically
+from xgblora.files import add_card, require_writable, verify, write_atomically, write_json
 from xgblora.learn.base_score import add_base_score, require_same_options
 from xgblora.learn.cost import Cost
 from xgblora.learn.evaluate import Evaluation, right, score
@@ -26,8 +26,10 @@ from xgblora.learn.fitted.tail import Tail
 from xgblora.learn.fitted.writers import last_writers, require_writers, residual_writers
 from xgblora.learn.readout import fit_readout
 from xgblora.randomness import Stream, generator
-from xgblora.report import METRICS, RunResult
+from xgblora.report import ANSWERS, METRICS, RunResult, write_answers
+from xgblora.runs.answering import answered
 from xgblora.runs.card import CardFacts, card
+from xgblora.runs.environment import ENVIRONMENT, environment
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
 from xgblora.runs.workspace import Scores, Workspace
 from xgblora.tasks import Chat, Task, load_task, task_text
@@ -112,6 +114,9 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
     if config.trainer != "none":
         facts = CardFacts(workspace.task, config.model_name, work["rank"], config.resolved(), result)
         add_card(folder_of(config) / ADAPTER, card(facts))
+    write_json(folder_of(config) / ENVIRONMENT, environment(config.device))
+    final, before = scores[0], workspace.zero_shot(config)[0]
+    write_answers(answered(workspace.eval, before, final, workspace.tokenizer), folder_of(config) / ANSWERS)
     result.write(folder_of(config) / METRICS)  # last: it is what makes a run complete
     if config.result_file:
         result.write(Path(config.result_file))
@@ -314,6 +319,7 @@ def _reached(config: RunConfig, workspace: Workspace, scores: tuple[Evaluation, 
         "dev_accuracy": dev.accuracy if dev else None,
         "dev_loss": dev.loss if dev else None,
         "zero_shot_dev_loss": dev_before.loss if dev_before else None,
+        "zero_shot_dev_accuracy": dev_before.accuracy if dev_before else None,
     }
     reached |= dict.fromkeys(("other_text_loss", "zero_shot_other_text_loss"), workspace.zero_shot_other_loss(config))
     evaluations = ("", workspace.eval, final), ("zero_shot_", workspace.eval, zero_shot), ("dev_", workspace.dev, dev)
