@@ -115,7 +115,7 @@ def small(argv: list[str], model: Path) -> list[str]:
 
 def run(command: str, model: Path) -> None:
     argv = small(arguments(command), model)
-    if argv[0] in ("push", "demo", "chat"):  # test_push.py, test_demo.py and test_predict.py run them
+    if argv[0] in ("push", "demo", "chat", "serve"):  # test_push.py, test_demo.py, test_predict.py, test_serving.py
         return
     if argv[0] in ("predict", "eval", "report", "stages", "export") and not Path(argv[1]).is_dir():
         made = f"xgblora train --recipe boost --task_file examples/own_data/packages.yaml --output_dir {argv[1]}"

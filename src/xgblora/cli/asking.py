@@ -1,4 +1,4 @@
-"""The verbs that ask the model of a finished run: predictions, how right they are, a conversation."""
+"""The verbs that ask the model of a finished run: predictions, how right they are, a conversation, a server."""
 
 import json
 import sys
@@ -20,6 +20,8 @@ from xgblora.progress import Progress
 from xgblora.runs.conversation import ChatConfig, Conversation
 from xgblora.runs.finished import UseConfig, open_finished, read_finished
 from xgblora.runs.judge import JudgeConfig, Judgement, judge, rows_to_judge
+from xgblora.serving.serve import ServeConfig
+from xgblora.serving.serve import serve as serve_run
 from xgblora.tasks import Chat
 
 
@@ -96,6 +98,16 @@ def chat(verb: str, argv: list[str]) -> int:
         conversation = Conversation(predictor, run.task, config)
         for text in texts or _typed():
             conversation.say(text, sys.stdout)
+    return 0
+
+
+def serve(verb: str, argv: list[str]) -> int:
+    """A page to try a run, and a server for clients."""
+    set_up_output()
+    folder, texts, config = parse_of_run(ServeConfig, verb, argv)
+    if texts:
+        raise XgbloraError(f"unknown argument {texts[0]!r}: one run is served")
+    serve_run(folder, config)
     return 0
 
 

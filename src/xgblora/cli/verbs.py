@@ -36,6 +36,7 @@ VERBS = {
     "predict": Verb("Use a run", "answers for new texts, with how sure they are", "asking", "predict"),
     "eval": Verb("Use a run", "accuracy, F1, confusion and calibration on labelled rows", "asking", "evaluate"),
     "chat": Verb("Use a run", "a conversation with a model that learned conversations", "asking", "chat"),
+    "serve": Verb("Use a run", "a page to try a run, and a server for OpenAI's clients", "asking", "serve"),
     "report": Verb("Use a run", "a page with charts of a run, or of a comparison", "finished_runs", "report"),
     "stages": Verb("Use a run", "how good a run is with its first 0, 1, ... boosters", "finished_runs", "stages"),
     "export": Verb("Use a run", "a run for PEFT, as a whole model, or for llama.cpp", "finished_runs", "export"),
