@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that learned conversations."""
     root = tmp_path_factory.mktemp("said")
     (root / "train.jsonl").write_text((json.dumps(GREETED) + "\n") * 12, encoding="utf-8")
@@ -199,10 +199,10 @@ def test_rows_of_several_columns_are_objects(runs: Path, serve: Callable[[str], 
     )
 
 
-def test_a_conversation_goes_on(said: Path) -> None:
+def test_a_conversation_goes_on(talking: Path) -> None:
     """Turn by turn, as ``xgblora chat`` does."""
-    server = Server(said)
-    run = read_finished(said)
+    server = Server(talking)
+    run = read_finished(talking)
     assert isinstance(run.task, Chat)
     with open_finished(run, ChatConfig(use_cpu=True)) as predictor:
         talk = Conversation(predictor, run.task, ChatConfig(max_new_tokens=8, use_cpu=True))
