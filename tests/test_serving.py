@@ -102,14 +102,14 @@ class Server:
         command = [sys.executable, "-m", "xgblora", "serve", str(run), "--port", "0", "--use_cpu", "true", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
         assert self.process.stdout is not None
-        said = ""
+        printed = ""
         for line in self.process.stdout:
-            said += line
+            printed += line
             if address := re.search(r"Serving .* on http://127\.0\.0\.1:(\d+)", line):
                 self.port = int(address[1])
                 break
         else:
-            raise AssertionError(said)
+            raise AssertionError(printed)
         self.address = f"http://127.0.0.1:{self.port}"
 
     def client(self) -> openai.OpenAI:
