@@ -1,4 +1,4 @@
-# make install | demo | test | lint | soak | bench      (Windows: the README gives the PowerShell lines)
+# make install | demo | test | lint | docs | soak | bench      (Windows: the README gives the PowerShell lines)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -19,6 +19,9 @@ lint: install
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/zensical build --strict
+
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -34,4 +37,4 @@ bench: install  # half an hour; docs/performance.md says what it shows
 		$(BIN)/python benchmarks/$$question.py || exit 1; \
 	done
 
-.PHONY: install demo lint test soak bench
+.PHONY: install demo lint test docs soak bench

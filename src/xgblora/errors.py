@@ -43,7 +43,7 @@ class Interrupted(BaseException):
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of an error about an unknown word: which of ``words`` comes near it; empty where none does.
 
-    Example:
+    Examples:
         >>> did_you_mean("trian", ["train", "tasks"])
         ': did you mean train?'
     """

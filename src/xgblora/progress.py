@@ -30,7 +30,7 @@ class Progress:
         unit: Of what is counted.
         done: How many of them are done already.
 
-    Example:
+    Examples:
         >>> with Progress(2, None) as progress:
         ...     progress.add()
         ...     progress.done

@@ -48,7 +48,7 @@ def generator(seed: int, stream: Stream, *counter: int) -> torch.Generator:
     Returns:
         A generator. Equal keys give equal numbers on every platform and after every resume.
 
-    Example:
+    Examples:
         >>> torch.randperm(4, generator=generator(0, Stream.SPLIT, 1)).tolist()
         [3, 0, 1, 2]
     """

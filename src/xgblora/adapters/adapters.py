@@ -305,7 +305,7 @@ def attach(
         XgbloraError: No layer matches, one that matches is not linear, plain PEFT would not load what is saved, the
             rank is below 1, the subset is larger than what there is, or the model has adapters already.
 
-    Example:
+    Examples:
         >>> from xgblora.base.load import tiny_model
         >>> adapters = attach(tiny_model(), rank=1, alpha=16)
         >>> list(adapters.layers)[0], adapters.size

@@ -41,7 +41,7 @@ class Booster:
 class Ledger:
     """The boosters of some adapters with their origin, and the pair in training after them.
 
-    Example:
+    Examples:
         >>> from xgblora.adapters.adapters import attach
         >>> from xgblora.base.load import tiny_model
         >>> ledger = Ledger(attach(tiny_model(), xgblora=True))

@@ -39,7 +39,7 @@ class Base:
         model: A causal model of transformers. Adapters may be attached to it: they act in every forward.
         packed: Whether it runs packed batches; by default that is measured when it is first needed.
 
-    Example:
+    Examples:
         >>> from xgblora.base.load import tiny_model
         >>> base = Base(tiny_model())
         >>> batch = base.batch([Example([1, 2, 3], [[4], [5]], label=0)])

@@ -51,7 +51,7 @@ def one_by_one(forwards: Sequence[Callable[[], None]], turn: Turn) -> None:
 def in_waves(items: Iterable[T], size: Callable[[T], int], room: Callable[[], int]) -> Iterator[list[T]]:
     """Neighbours together, as many as there is room for, which is asked before each wave; at least one.
 
-    Example:
+    Examples:
         >>> list(in_waves([3, 1, 1, 4], size=lambda item: item, room=lambda: 4))
         [[3, 1], [1], [4]]
     """
@@ -87,7 +87,7 @@ def layer_major(
         turn: Told which forward goes on now.
         after_layer: Called whenever all forwards have passed a layer.
 
-    Example:
+    Examples:
         >>> layer, order = nn.Identity(), []
         >>> def forward(name):
         ...     for _ in range(2):

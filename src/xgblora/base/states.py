@@ -31,7 +31,7 @@ def last_states(
     Returns:
         (layers, examples, hidden) float32 on the CPU, and the tokens that were forwarded.
 
-    Example:
+    Examples:
         >>> from xgblora.base.load import tiny_model
         >>> base = Base(tiny_model())
         >>> states, tokens = last_states(base, [Example([1, 2, 3], [[4], [5]], label=0)], list(base.layers))

@@ -9,7 +9,7 @@ from torch import nn
 def swap(model: nn.Module, name: str, module: nn.Module, undo: ExitStack) -> None:
     """Put ``module`` in the place called ``name``; closing ``undo`` puts the former one back.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.ReLU())
         >>> with ExitStack() as undo:
         ...     swap(model, "0", nn.Tanh(), undo)

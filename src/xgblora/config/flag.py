@@ -30,7 +30,7 @@ def is_size(text: str) -> bool:
 def bytes_of(size: str) -> int:
     """A size of memory in bytes.
 
-    Example:
+    Examples:
         >>> bytes_of("1.5 GB")
         1500000000
     """
@@ -114,7 +114,7 @@ def flag(
         aliases: Further spellings.
         bare: A yes/no flag whose default is "not given" may stand without a value.
 
-    Example:
+    Examples:
         >>> @dataclasses.dataclass
         ... class Config:
         ...     zo_eps: float = flag(1e-3, "Length of a probe.", POSITIVE)

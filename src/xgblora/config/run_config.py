@@ -30,7 +30,7 @@ class RunConfig(Flags):
     Raises:
         XgbloraError: A value that cannot work, or flags that contradict each other.
 
-    Example:
+    Examples:
         >>> config = RunConfig(output_dir="runs/mine", xgblora=True, xgblora_steps_per_iteration=50, use_cpu=True)
         >>> config.rank, config.scaling
         (1, 16.0)

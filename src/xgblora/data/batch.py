@@ -28,7 +28,7 @@ SHARED = 32
 class Example:
     """One tokenised example.
 
-    Example:
+    Examples:
         >>> Example(prompt=[11, 12, 13], options=[[5], [9, 4]], label=0).tokens
         4
     """
@@ -197,7 +197,7 @@ def build_batch(examples: Sequence[Example], packed: bool = True, share: bool = 
         share: Compute once what all prompts of a packed batch begin with (demonstrations, say). Not for probes, which
             differ between examples, nor where a prompt's own tokens are scored.
 
-    Example:
+    Examples:
         >>> build_batch([Example([1, 2, 3], [[4], [5]], 0), Example([6, 7], [[4], [5]], 1)]).input_ids.tolist()
         [[1, 2, 3, 6, 7]]
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Cost:
     """Forward work. Costs add up.
 
-    Example:
+    Examples:
         >>> Cost(passes=2, sequences=16, tokens=400) + Cost(1, 8, 200)
         Cost(passes=3, sequences=24, tokens=600)
     """

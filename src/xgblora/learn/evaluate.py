@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         XgbloraError: There are no examples, memory runs out, or calibrated scores lack a null prompt.
 
-    Example:
+    Examples:
         >>> from xgblora.base.load import tiny_model
         >>> evaluate(tiny_model(), [Example([1, 2, 3], [[4], [5]], label=0)]).predictions
         [1]

@@ -82,7 +82,7 @@ def token_loss(base: Base, texts: Sequence[Example], batch_size: int) -> float:
         texts: From :func:`encode_texts`.
         batch_size: A batch holds as many tokens as so many texts of average length.
 
-    Example:
+    Examples:
         >>> from xgblora.base.load import tiny_model
         >>> round(token_loss(Base(tiny_model()), [Example([1, 2], [[3]], 0, score_prompt=True)], 8), 1)
         4.6

@@ -97,7 +97,7 @@ class AnswerLoss(Loss):
 class OptionLoss(AnswerLoss):
     """Cross-entropy of the correct option among all options (MeZO, arXiv 2305.17333, appendix B.2).
 
-    Example:
+    Examples:
         >>> from xgblora.base.load import tiny_model
         >>> from xgblora.data.batch import Example
         >>> base = Base(tiny_model())

@@ -57,7 +57,7 @@ def length_penalised(function: RewardFunction, per_word: float) -> RewardFunctio
         function: The reward.
         per_word: What a word costs.
 
-    Example:
+    Examples:
         >>> length_penalised(lambda prompt, completion, example: 1.0, 0.1)("", "two words", Example([1], [[2]], 0))
         0.8
     """
@@ -78,7 +78,7 @@ def load_reward(name: str, per_word: float = 0.0) -> RewardFunction:
     Raises:
         XgbloraError: There is no such reward.
 
-    Example:
+    Examples:
         >>> load_reward("accuracy", per_word=0.1)("", "great film", Example([1], [[2]], 0, references=("great film",)))
         0.8
     """

@@ -103,7 +103,7 @@ def resolve(config: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedu
 
     Raises :class:`XgbloraError` where there is no step.
 
-    Example:
+    Examples:
         >>> config = RunConfig(output_dir="runs/mine", xgblora=True, xgblora_steps_per_iteration=100, use_cpu=True)
         >>> resolve(config, total_steps=350, steps_per_epoch=50).expected_merges
         3

@@ -108,7 +108,7 @@ def calibration(answers: Sequence[Answer]) -> list[Bin]:
 def calibration_error(bins: Sequence[Bin]) -> float:
     """Mean distance between how sure answers are and how often they are right, by rows.
 
-    Example:
+    Examples:
         >>> round(calibration_error([Bin(0.9, 0.8, 30), Bin(0.6, 0.6, 10)]), 3)
         0.075
     """

@@ -8,7 +8,7 @@ LEVEL = 0.95
 def wilson(right: int, rows: int, level: float = LEVEL) -> tuple[float, float]:
     """Confidence interval of a share (Wilson 1927), which stays in [0, 1] also where all or none are right.
 
-    Example:
+    Examples:
         >>> [round(end, 3) for end in wilson(55, 60)]
         [0.819, 0.964]
     """
@@ -27,7 +27,7 @@ def beyond_chance(won: int, lost: int, level: float = LEVEL) -> bool:
         lost: The other way round.
         level: Of confidence.
 
-    Example:
+    Examples:
         >>> beyond_chance(2, 1), beyond_chance(30, 10)
         (False, True)
     """

@@ -30,7 +30,7 @@ def block_norms(norms: Mapping[str, Sequence[float]]) -> list[BlockNorms]:
     Args:
         norms: For each adapted layer, the norm of every booster.
 
-    Example:
+    Examples:
         >>> (block,) = block_norms({"layers.3.o_proj": [3.0], "layers.3.down_proj": [4.0]})
         >>> block.name, block.norms, block.parts
         ('layer 3', [5.0], 'o_proj 3, down_proj 4')

@@ -42,7 +42,7 @@ def paired_difference(
     Returns:
         The difference; None where the methods have no seed with the same number of rows in common.
 
-    Example:
+    Examples:
         >>> answers = {0: [True, False, True, True]}
         >>> difference = paired_difference({0: [False] * 4}, answers)
         >>> difference.mean, difference.of_seeds

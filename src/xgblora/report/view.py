@@ -72,7 +72,7 @@ def smoothed(run: RunView, steps: Sequence[float], values: Sequence[float]) -> L
 def thinned(values: Sequence[float]) -> list[float]:
     """Every k-th of them, and the last, so that POINTS or so are left.
 
-    Example:
+    Examples:
         >>> len(thinned(range(20_000))), thinned(range(20_000))[-1]
         (1001, 19999)
     """

@@ -140,7 +140,7 @@ def _fitting(config: DemoConfig) -> str:
 def forwards(size: Mapping[str, Any]) -> tuple[int, int]:
     """Examples that a demo forwards until its first row is there, and in all.
 
-    Example:
+    Examples:
         >>> forwards(SIZES["full"])
         (9880, 37480)
     """

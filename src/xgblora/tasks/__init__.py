@@ -29,7 +29,7 @@ def get_task(name: str) -> Task:
     Raises:
         XgbloraError: There is none of that name.
 
-    Example:
+    Examples:
         >>> get_task("sst2").options
         ('terrible', 'great')
     """

@@ -95,7 +95,7 @@ def sample(
         num_eval: Rows of the test (else validation) split, drawn by a fixed seed, equal for all runs.
         train_set_seed: Decides the permutation.
 
-    Example:
+    Examples:
         >>> rows = Dataset.from_dict({"label": list(range(10))})
         >>> samples = sample({"train": rows, "test": rows}, num_train=4, num_dev=2, num_eval=3)
         >>> len(samples.train), len(samples.dev), len(samples.eval), samples.eval_split

@@ -54,7 +54,7 @@ def load_task(path: str | Path, rows: bool = True) -> Task | Chat:
 def task_text(task: Task | Chat) -> str:
     """A task as a task file says it, without its rows: what :func:`load_task` reads with ``rows=False``.
 
-    Example:
+    Examples:
         >>> print(task_text(Task("mood", "{{ text }} It was", ("bad", "good"), "label", {}, num_dev=20)))
         name: mood
         prompt: '{{ text }} It was'

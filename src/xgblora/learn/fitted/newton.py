@@ -169,7 +169,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], right: Tensor, diago
         diagonal: About that of the product's matrix, in the same shape, above 0 where ``right`` is not 0: what it is
             preconditioned by.
 
-    Example:
+    Examples:
         >>> conjugate_gradient(lambda x: 2 * x, torch.tensor([4.0, 6.0]), torch.tensor([2.0, 2.0]))
         tensor([2., 3.])
     """

@@ -18,7 +18,7 @@ def line_search(loss_at: Callable[[float], float], start: float, most: int = 8) 
     Returns:
         The best of the steps tried; 0 where none is better than no step.
 
-    Example:
+    Examples:
         >>> line_search(lambda step: (step - 4) ** 2, start=1.0)
         4.0
     """
@@ -46,7 +46,7 @@ def likely_next(step: float, start: float, tried: Collection[float]) -> list[flo
 
     Where every forward reads the model again, they are measured in the same one.
 
-    Example:
+    Examples:
         >>> likely_next(0.0, 1.0, []), likely_next(4.0, 1.0, [0.0, 1.0, 2.0])
         ([1.0, 2.0, 0.5], [8.0])
     """
@@ -83,7 +83,7 @@ class NewtonLength:
     mean of what all batches say (averaging, as in Polyak and Juditsky 1992). So that chance makes no step, the length
     that is taken is shorter by its standard error, as in :func:`shortest_as_good`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = NewtonLength()
         >>> for _ in range(2):
