@@ -233,6 +233,16 @@ POSITIVE = ("a warm and funny film", "moving , clever and beautifully acted", "a
 NEGATIVE = ("a dull and lifeless mess", "tedious , clumsy and badly acted", "an utter bore", "painful to sit through")
 
 
+def save_talking_model(folder: Path, template: str) -> None:
+    """A tiny model with a chat template."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=48, max_position_embeddings=512, **sizes)
+    build(config).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
 def write_rows(path: Path, count: int) -> None:
     """Rows in SST-2's columns, as JSON lines."""
     draw = random.Random(path.stem)

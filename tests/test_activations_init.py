@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ARCHITECTURES, Run, build, examples, refusal_by_command, train, train_by_command
+from conftest import ARCHITECTURES, LogLines, Run, build, examples, refusal_by_command, train, train_by_command
 from xgblora import Example, RunConfig, Trainer, attach
 from xgblora.config import better
 from xgblora.errors import XgbloraError
@@ -110,12 +110,15 @@ def test_as_many_ranks_are_used_as_options_have_directions(options: int, rank: i
 
 
 @pytest.mark.parametrize(("options", "asked", "used"), [(2, 4, 1), (4, 8, 3), (4, 2, 2), (4, 1, 1)])
-def test_boosters_have_as_many_directions_as_options_need(options: int, asked: int, used: int, tmp_path: Path) -> None:
+def test_boosters_have_as_many_directions_as_options_need(
+    options: int, asked: int, used: int, tmp_path: Path, log_lines: LogLines
+) -> None:
     rows = examples(64, [[40 + number] for number in range(options)])
     trainer, _ = drawn(tmp_path, rows, max_steps=8, xgblora_init_directions=asked, **BOOSTED)
     assert trainer.adapters.ranks == [used]
     assert trainer.adapters.rank == used
     assert trainer.adapters.total_rank == 2 * used
+    assert len(log_lines.containing("came further in fewer steps")) == (used < options - 1)
 
 
 def test_without_a_merge_boosters_of_several_directions_are_lora_to_the_last_bit(tmp_path: Path) -> None:

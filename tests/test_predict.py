@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import xgblora
-from conftest import VOCABULARY, build, byte_tokenizer
+from conftest import save_talking_model
 from test_chat import GREETED, TEMPLATE
 from xgblora import XgbloraError
 from xgblora.base.load import load_tokenizer
@@ -56,13 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         lines = "".join(json.dumps(GREETED) + "\n" for _ in range(12))
         (root / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     chatty = root / "chatty"
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    build(
-        LlamaConfig(vocab_size=VOCABULARY, intermediate_size=48, max_position_embeddings=512, **sizes)
-    ).save_pretrained(chatty)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(chatty)
+    save_talking_model(chatty, TEMPLATE)
     for name, task, flags in (
         ("chosen", TASK, "--recipe boost --boost_boosters 3 --early_stopping_boosters 0"),
         ("written", WRITES, "--max_steps 2"),

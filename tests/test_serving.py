@@ -19,12 +19,11 @@ import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
-from transformers import LlamaConfig
 
-from conftest import Run, build, byte_tokenizer, write_rows
-from test_chat import TEMPLATE
+from conftest import Run, save_talking_model, write_rows
+from test_chat import GREETED, TEMPLATE
 from test_html_report import SCREENS, SCREENSHOTS, browser
-from test_predict import CHATS, GREETED, VOCABULARY
+from test_predict import CHATS
 from xgblora import load_run
 from xgblora.cli import main
 from xgblora.runs.conversation import ChatConfig, Conversation
@@ -80,13 +79,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "test.jsonl").write_text(json.dumps(GREETED) + "\n", encoding="utf-8")
     (root / "chats.yaml").write_text(CHATS, encoding="utf-8")
     model = root / "chatty"
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    build(
-        LlamaConfig(vocab_size=VOCABULARY, intermediate_size=48, max_position_embeddings=512, **sizes)
-    ).save_pretrained(model)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(model)
+    save_talking_model(model, TEMPLATE)
     flags = f"--model_name {model.as_posix()} --task_file {root / 'chats.yaml'} --max_steps 2 --use_cpu true"
     assert main(f"train {flags} --disable_tqdm true --output_dir {root / 'said'}".split()) == 0
     return root / "said"

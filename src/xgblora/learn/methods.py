@@ -20,7 +20,7 @@ from xgblora.learn.cost import Cost
 from xgblora.learn.estimators import Estimator, Key, estimator, losses_along
 from xgblora.learn.fitted import RECIPES, Recipe
 from xgblora.learn.fitted.activations import Forwards
-from xgblora.learn.fitted.boost import give_rank, option_directions, put, step_by
+from xgblora.learn.fitted.boost import MOST_DIRECTIONS, give_rank, option_directions, put, step_by
 from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.step_length import NewtonLength
@@ -241,6 +241,12 @@ class DrawnMethod(Method):
             )
         if self.config.xgblora:
             give_rank(self.adapters, self._directions(rows, self.config.xgblora_init_directions))
+            if (needed := self._directions(rows, MOST_DIRECTIONS)) > self.adapters.rank and self._chooses:
+                logger.info(
+                    "Options differ along %d directions, pairs move along %d: --xgblora_init_directions %d came "
+                    "further in fewer steps (docs/experiments.md, section 25)",
+                    *(needed, self.adapters.rank, needed),
+                )
         order = torch.randperm(len(rows), generator=generator(self.config.seed, Stream.ACTIVATIONS)).tolist()
         count = rows_for_steps(len(rows))
         self.fitted = [rows[place] for place in sorted(order[count:])]
@@ -306,7 +312,12 @@ class DrawnMethod(Method):
 
     def _directions(self, rows: Sequence[Example], most: int) -> int:
         """Along how many directions, ``most`` of them, a pair is fitted to these rows."""
-        return min(most, option_directions(rows)) if isinstance(self.loss, OptionLoss) else most
+        return min(most, option_directions(rows)) if self._chooses else most
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether answers are chosen, not written."""
+        return isinstance(self.loss, OptionLoss)
 
     def without_gradients(self) -> AbstractContextManager[None]:
         return self.adapters.base.without_gradients()
