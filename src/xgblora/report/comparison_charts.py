@@ -71,7 +71,7 @@ def difference_chart(differences: Mapping[str, Difference], reference: str) -> C
         rows.append((label, f"{100 * of.mean:+.1f}", f"{100 * of.low:+.1f} to {100 * of.high:+.1f}", of_seeds))
     zero = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 1.5}}
     layout = {
-        "xaxis": axis(f"points of accuracy more than {reference}", zeroline=False),
+        "xaxis": axis("points of accuracy", zeroline=False),
         "yaxis": {"automargin": True, "autorange": "reversed", "type": "category"},
         "shapes": [zero],
         "small": 110 + 52 * len(differences),
