@@ -33,6 +33,7 @@ METHODS = {
     "backprop, patience": "--trainer regular --xgblora --xgblora_use_adaptive_merge --xgblora_patience 3",
     "top layer": "--xgblora --xgblora_layers 1 --xgblora_layer_choice top --xgblora_merge_frequency 1",
     "boost": "--recipe boost --boost_boosters 6 --boost_examples 32",
+    "drawn": "--xgblora --xgblora_init activations --xgblora_init_examples 16 --xgblora_steps_per_iteration 7",
 }
 EVERY_BOOSTER = "--eval_strategy steps"
 FILES = (
@@ -68,7 +69,7 @@ KILLS = 3
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process that imports torch for every kill takes too long")
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=pytest.mark.soak if n not in (0, 2, 4) else ()) for n in range(50)]
+    "number", [pytest.param(n, marks=pytest.mark.soak if n not in (0, 2, 4, 5) else ()) for n in range(50)]
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     number: int, command: Callable[[str, Path], list[str]], tmp_path: Path, record_property: Callable[..., None]
@@ -104,7 +105,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     ("method", "more"),
     [
         *(
-            pytest.param(method, "", marks=pytest.mark.soak if method in ("boost", "shared, LoRA") else ())
+            pytest.param(method, "", marks=pytest.mark.soak if method in ("boost", "shared, LoRA", "drawn") else ())
             for method in METHODS
         ),
         ("shared, LoRA", "--max_steps 8"),
