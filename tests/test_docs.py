@@ -91,6 +91,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) ->
         rows = [{"premise": "It rains.", "hypothesis": f"It is wet {i}.", "label": i % 2} for i in range(count)]
         (tmp_path / "my_rte" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     shutil.copy(ROOT / "examples" / "own_data" / "packages.yaml", tmp_path / "my_task.yaml")
+    (tmp_path / "imdb.txt").write_text("a text\nand another one\n", encoding="utf-8")
     for split in ("train", "test"):
         shutil.copy(ROOT / "examples" / "own_data" / f"{split}.csv", tmp_path / f"{split}.csv")
     (rewards,) = (block.text for block in blocks("docs/rewards.md") if block.language == "python")
