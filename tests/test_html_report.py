@@ -17,6 +17,7 @@ from conftest import Run, write_rows
 from xgblora.cli import main
 from xgblora.report import REPORT, AnsweredRow, RunResult, RunView, read_answers, write_report
 from xgblora.report.answers import Answer, Bin, calibration, calibration_error, changed_most, confusion
+from xgblora.report.curve_charts import booster_charts
 from xgblora.report.paired import paired_difference
 from xgblora.report.view import over_work, smoothed
 from xgblora.runs.html_report import read_view
@@ -103,9 +104,11 @@ class Opened:
 @pytest.mark.parametrize(
     ("kind", "screen"),
     [
-        *(("comparison", screen) for screen in SCREENS),
+        ("comparison", "desktop"),
+        ("comparison", "phone"),
+        pytest.param("comparison", "dark", marks=pytest.mark.soak),
         ("boost", "dark"),
-        ("boost", "phone"),
+        pytest.param("boost", "phone", marks=pytest.mark.soak),
         ("run", "desktop"),
         ("text", "desktop"),
     ],
@@ -211,6 +214,18 @@ def test_boosters_are_seen_layer_by_layer(reports: dict[str, Path], browser: Bro
         assert squared**0.5 == pytest.approx(booster["norm"], rel=1e-3)
     assert len(drawn[0]) == len(ledger["boosters"]) + 1
     opened.page.close()
+
+
+def test_boosters_that_were_not_judged_leave_a_gap(reports: dict[str, Path]) -> None:
+    """Evaluations need not come at each merge: a point stands over the number of boosters that it was."""
+    run = read_view(next(reports["comparison"].glob("xgblora_*")))
+    assert [line["boosters"] for line in run.curves.evals] == [1, 2, 2]
+    gap = replace(run, curves=replace(run.curves, evals=run.curves.evals[1:]))
+    loss, accuracy = booster_charts([gap])
+    assert [trace["x"] for trace in (*loss.traces, *accuracy.traces)] == [[0, 2, 3], [0, 2, 3]]
+    assert "The run kept" not in loss.says
+    kept = replace(run, curves=replace(run.curves, result=replace(run.result, boosters=2)))
+    assert booster_charts([kept])[0].says.endswith("The run kept 2 of 3.")
 
 
 def test_a_report_is_made_again_without_the_model(reports: dict[str, Path], run: Run, tmp_path: Path) -> None:

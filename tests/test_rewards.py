@@ -478,7 +478,7 @@ def test_a_comparison_by_reward(module: str, tmp_path: Path, model_folder: Path,
     assert len(curves) == 2
     assert curves[0].read_text(encoding="utf-8") == curves[1].read_text(encoding="utf-8")
     runs = [read_curves(path.parent) for path in curves]
-    for draw, title in ((draw_loss, "Reward in training"), (draw_eval, "Reward on the development rows")):
+    for draw, title in ((draw_loss, "Reward in training"), (draw_eval, "development rows")):
         draw(runs, tmp_path / "figure.svg")
         text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
         assert title in text

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,11 @@ from conftest import Run, save_talking_model, write_rows
 from test_chat import GREETED, TEMPLATE
 from test_html_report import SCREENS, SCREENSHOTS, browser
 from test_predict import CHATS
-from xgblora import load_run
+from xgblora import XgbloraError, load_run
 from xgblora.cli import main
 from xgblora.runs.conversation import ChatConfig, Conversation
-from xgblora.runs.finished import open_finished, read_finished
+from xgblora.runs.finished import UseConfig, open_finished, read_finished
+from xgblora.serving.desk import BusyError, Desk
 from xgblora.tasks import Chat
 
 __all__ = ["browser"]  # a fixture
@@ -154,6 +156,23 @@ def test_an_openai_client_gets_what_predict_says(runs: Path, serve: Callable[[st
             assert answer.choices[0].model_extra["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
 
 
+def test_a_text_may_come_in_parts_and_without_a_port(serve: Callable[[str], Server]) -> None:
+    server = serve("chosen")
+
+    def ask(content: Any, **headers: str) -> tuple[int, Any]:
+        body = {"messages": [{"role": "user", "content": content}]}
+        return server.send("POST", "/v1/chat/completions", json.dumps(body).encode(), **headers)
+
+    (_, whole), (_, parts) = (
+        ask("a dull mess"),
+        ask([{"type": "text", "text": "a dull "}, {"type": "text", "text": "mess"}]),
+    )
+    assert whole["choices"] == parts["choices"]
+    status, told = ask([{"type": "image_url", "image_url": {"url": "x"}}])
+    assert (status, "messages.0.content" in told["error"]["message"]) == (400, True)
+    assert ask("hm", Host="localhost")[0] == 200
+
+
 def test_written_answers_are_those_of_predict_and_stream(runs: Path, serve: Callable[[str], Server]) -> None:
     client = serve("written").client()
     with load_run(runs / "written") as predictor:
@@ -192,6 +211,7 @@ def test_rows_of_several_columns_are_objects(runs: Path, serve: Callable[[str], 
     )
 
 
+@pytest.mark.soak
 def test_a_conversation_goes_on(talking: Path) -> None:
     """Turn by turn, as ``xgblora chat`` does."""
     server = Server(talking)
@@ -383,3 +403,36 @@ def test_the_page_answers_in_a_browser(
     result = Axe().run(page)
     assert result.violations_count == 0, result.generate_report()
     page.close()
+
+
+def test_who_gives_up_is_left_out_and_the_others_are_answered(runs: Path) -> None:
+    """A desk by itself: requests that were given up, one that fails, and those that wait behind them."""
+    held = threading.Event()
+    run = read_finished(runs / "chosen")
+    desk = Desk(lambda: open_finished(run, UseConfig(use_cpu=True)))
+    waiting = desk.call(lambda: held.wait(60))
+    given_up, bad, good = (desk.predict(text) for text in ("a", {"words": "b"}, "c"))
+    assert given_up.cancel()
+    held.set()
+    assert waiting.result(60) is True
+    assert good.result(60).answer in ("great", "terrible")
+    with pytest.raises(XgbloraError, match="sentence"):
+        bad.result(60)
+    assert desk.predict("d").result(60).answer in ("great", "terrible")
+    desk.close()
+
+
+def test_the_1001st_that_waits_is_told_so(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgblora.serving.desk.MOST_WAITING", 3)
+    held = threading.Event()
+    run = read_finished(runs / "chosen")
+    desk = Desk(lambda: open_finished(run, UseConfig(use_cpu=True)))
+    first = desk.call(lambda: held.wait(60))
+    while not first.running():
+        time.sleep(0.01)
+    others = [desk.predict("a") for _ in range(3)]
+    with pytest.raises(BusyError, match="3 requests are waiting: ask again"):
+        desk.predict("b")
+    held.set()
+    assert [other.result(60).answer for other in others]
+    desk.close()

@@ -152,10 +152,11 @@ def _of_boosters(judged: Sequence[RunView], boosted: list[RunView], measure: tup
 
 def _by_boosters(run: RunView) -> dict[int, Mapping[str, float]]:
     """Evaluations by how many boosters there were; 0 is the base."""
-    points = [line for line in run.curves.evals if line["merge"]]
-    points += [] if run.curves.evals[-1]["merge"] else run.curves.evals[-1:]
+    points = [line for line in run.curves.evals if line["merge"] or line is run.curves.evals[-1]]
     start = {name: before for name in points[0] if (before := run.result.before_on_dev(name)) is not None}
-    return {0: start} | dict(enumerate(points, start=1)) if start else dict(enumerate(points, start=1))
+    # At a merge all boosters are frozen; else the pair in training is one more.
+    after = {line["boosters"] + (not line["merge"]): line for line in points}
+    return {0: start} | after if start else after
 
 
 def _added(run: RunView, column: str, factor: int, form: str) -> str:
@@ -163,5 +164,6 @@ def _added(run: RunView, column: str, factor: int, form: str) -> str:
     values = {k: factor * e[column] for k, e in _by_boosters(run).items() if column in e}
     steps = [f"booster {k} {values[k] - values[k - 1]:+{form}}" for k in values if k - 1 in values]
     shown = ", ".join(steps[:6]) + (f", and {len(steps) - 6} more" if len(steps) > 6 else "")
-    kept = f" The run kept {run.result.boosters} of {max(values)}." if run.result.boosters != max(values) else ""
+    count = run.result.boosters or 0
+    kept = f" The run kept {count} of {max(values)}." if count < max(values) else ""
     return f"{run.name}: {shown}.{kept}"

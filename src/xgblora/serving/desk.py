@@ -116,10 +116,15 @@ class Desk:
         with predictor:
             opened.set_result(predictor)
             while (job := self._next()) is not None:
+                jobs = [job] if job.work is not None else [job, *self._alike(job)]
+                # Whoever gave up is not answered; from here on nobody can.
+                wanted = [one for one in jobs if one.done.set_running_or_notify_cancel()]
+                if not wanted:
+                    continue
                 if job.work is not None:
                     _carry_out(job, job.work)
                 else:
-                    self._predict(predictor, [job, *self._alike(job)])
+                    self._predict(predictor, wanted)
 
     def _next(self) -> _Job | None:
         return self._ahead.popleft() if self._ahead else self._jobs.get()
@@ -142,20 +147,15 @@ class Desk:
         try:
             with self.only(predictor, jobs[0].boosters):
                 predictions = predictor.predictions([job.row for job in jobs if job.row is not None])
-        except Exception:
-            if len(jobs) > 1:  # one of them is to blame: the others get their answers
-                for job in jobs:
-                    self._predict(predictor, [job])
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].done.set_exception(error)
                 return
-            _carry_out(jobs[0], lambda: self._alone(predictor, jobs[0]))
+            for job in jobs:  # one of them is to blame: the others get their answers
+                self._predict(predictor, [job])
             return
         for job, prediction in zip(jobs, predictions, strict=True):
             job.done.set_result(prediction)
-
-    def _alone(self, predictor: RunPredictor, job: _Job) -> Prediction:
-        assert job.row is not None
-        with self.only(predictor, job.boosters):
-            return predictor.predictions([job.row])[0]
 
     @staticmethod
     def only(predictor: RunPredictor, boosters: int | None) -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """What is refused before anything looks at it: strangers' pages, other formats, and too much."""
 
 import json
+import re
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +13,7 @@ MOST_BYTES = 1_000_000
 MOST_DRAINED = 64_000_000
 """Of a request that is too large, so that its sender hears of it."""
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
+PORT = re.compile(r":\d+$")
 
 
 class Guard:
@@ -46,7 +48,7 @@ class Guard:
 
 
 def _refusal(method: str, headers: dict[str, str]) -> tuple[int, str] | None:
-    if headers.get("host", "").rpartition(":")[0].lower() not in HOSTS:
+    if PORT.sub("", headers.get("host", "")).lower() not in HOSTS:
         return 403, f"this server answers as {HOSTS[0]} alone"
     origin = headers.get("origin")
     if origin is not None and origin.removeprefix("http://") != headers["host"]:

@@ -4,7 +4,7 @@ import time
 import uuid
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MOST_TOKENS = 4096
 
@@ -14,6 +14,14 @@ class Message(BaseModel):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str = Field(min_length=1)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def join(cls, content: Any) -> Any:
+        """Some clients send a text in parts."""
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            return "".join(str(part.get("text", "")) for part in content)
+        return content
 
 
 class Asking(BaseModel):
