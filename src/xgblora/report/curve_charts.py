@@ -155,8 +155,8 @@ def _by_boosters(run: RunView) -> dict[int, Mapping[str, float]]:
     points = [line for line in run.curves.evals if line["merge"] or line is run.curves.evals[-1]]
     start = {name: before for name in points[0] if (before := run.result.before_on_dev(name)) is not None}
     # At a merge all boosters are frozen; else the pair in training is one more.
-    after = {line["boosters"] + (not line["merge"]): line for line in points}
-    return {0: start} | after if start else after
+    judged: dict[int, Mapping[str, float]] = {0: start} if start else {}
+    return judged | {line["boosters"] + (not line["merge"]): line for line in points}
 
 
 def _added(run: RunView, column: str, factor: int, form: str) -> str:
