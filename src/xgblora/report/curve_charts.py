@@ -156,6 +156,7 @@ def _by_boosters(run: RunView) -> dict[int, Mapping[str, float]]:
     start = {name: before for name in points[0] if (before := run.result.before_on_dev(name)) is not None}
     # At a merge all boosters are frozen; else the pair in training is one more.
     judged: dict[int, Mapping[str, float]] = {0: start} if start else {}
+    # At a merge all boosters are frozen; else the pair in training is one more.
     return judged | {line["boosters"] + (not line["merge"]): line for line in points}
 
 
