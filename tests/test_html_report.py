@@ -19,7 +19,8 @@ from xgblora.report import REPORT, AnsweredRow, RunResult, RunView, read_answers
 from xgblora.report.answers import Answer, Bin, calibration, calibration_error, changed_most, confusion
 from xgblora.report.curve_charts import booster_charts
 from xgblora.report.paired import paired_difference
-from xgblora.report.view import over_work, smoothed
+from xgblora.report.sections import content
+from xgblora.report.view import first_unit, over_work, smoothed
 from xgblora.runs.html_report import read_view
 
 SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
@@ -187,6 +188,19 @@ def test_curves_can_be_seen_over_other_work_and_in_the_other_theme(reports: dict
     assert page.evaluate(ink) != before
     assert opened.complaints == []
     page.close()
+
+
+def test_methods_keep_their_colour_and_steps_of_other_sizes_are_not_put_side_by_side(reports: dict[str, Path]) -> None:
+    runs = sorted(
+        (read_view(file.parent) for file in reports["comparison"].glob("*/metrics.json")), key=lambda v: v.name
+    )
+    charts = {chart.name: chart for chart in content(runs).charts}
+    colours = {trace["y"][0]: trace["marker"]["color"] for trace in charts["accuracy"].traces}
+    for trace in charts["difference"].traces:
+        assert trace["marker"]["color"] == colours[trace["y"][0]]
+    trained = [run for run in runs if run.result.trainer != "none"]
+    assert charts["loss"].unit == charts["dev"].unit == first_unit(trained) == "steps"
+    assert first_unit([*trained, read_view(reports["boost"])]) == "examples"
 
 
 def test_every_run_of_a_comparison_can_be_looked_at(reports: dict[str, Path], browser: Browser) -> None:

@@ -25,6 +25,8 @@ class Chart:
     layout: dict[str, Any]
     over: list[dict[str, list[float]]] = field(default_factory=list)
     """x of every trace by unit, where there is a choice."""
+    unit: str = "steps"
+    """What it is drawn over at first, where there is a choice."""
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
     """Its numbers: header and lines."""
 

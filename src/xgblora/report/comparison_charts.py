@@ -51,15 +51,21 @@ def accuracy_chart(runs: Sequence[RunView]) -> Chart:
     return Chart("accuracy", title, says, traces, layout, table=(("method", "seeds", "mean, %", "each, %"), rows))
 
 
-def difference_chart(differences: Mapping[str, Difference], reference: str) -> Chart | None:
-    """How much better every method is than one of them, with its interval."""
+def difference_chart(differences: Mapping[str, Difference], reference: str, labels: Sequence[str]) -> Chart | None:
+    """How much better every method is than one of them, with its interval.
+
+    Args:
+        differences: To the reference, by method.
+        reference: The method that the others are compared with.
+        labels: All methods, in the order of their colours.
+    """
     if not differences:
         return None
     traces, rows = [], []
-    for number, (label, of) in enumerate(differences.items(), start=1):
+    for label, of in differences.items():
         bar = {"type": "data", "symmetric": False, "array": [100 * (of.high - of.mean)], "thickness": 2}
         bar["arrayminus"] = [100 * (of.mean - of.low)]
-        shape = {"color": COLOURS[number % len(COLOURS)], "size": 13, "symbol": "diamond"}
+        shape = {"color": COLOURS[labels.index(label) % len(COLOURS)], "size": 13, "symbol": "diamond"}
         traces.append(
             {
                 **{"type": "scatter", "mode": "markers", "x": [100 * of.mean], "y": [label], "error_x": bar},

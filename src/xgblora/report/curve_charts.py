@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xgblora.report.chart import COLOURS, DASHES, UNITS, Chart, axis
-from xgblora.report.view import Line, RunView, by_label, over_work, smoothed
+from xgblora.report.view import Line, RunView, by_label, first_unit, over_work, smoothed
 
 
 def loss_chart(runs: Sequence[RunView]) -> Chart | None:
@@ -42,7 +42,9 @@ def loss_chart(runs: Sequence[RunView]) -> Chart | None:
     seeds = max(map(len, groups.values()))
     means = "" if seeds == 1 else f" Means of {seeds} seeds at first and at last:"
     layout = {"xaxis": axis(UNITS["steps"], rangemode="tozero"), "yaxis": axis(what)} | _tick_axis()
-    return Chart("loss", title, f"Thin: as logged; bold: running means.{means} {ends}.", traces, layout, over)
+    return Chart(
+        "loss", title, f"Thin: as logged; bold: running means.{means} {ends}.", traces, layout, over, first_unit(runs)
+    )
 
 
 def _ends(runs: Sequence[RunView], sign: int) -> str:
@@ -98,7 +100,7 @@ def dev_chart(runs: Sequence[RunView]) -> Chart | None:
     title = f"{what.split(' (')[0].capitalize()} on {runs[0].result.rows['dev']:,} dev rows"
     layout = {"xaxis": axis(UNITS["steps"], rangemode="tozero"), "yaxis": axis(what)}
     says = f"{title} as training goes on; a diamond is a merge."
-    return Chart("dev", title, says, traces, layout, over, (("run", "step", what), rows))
+    return Chart("dev", title, says, traces, layout, over, first_unit(runs), (("run", "step", what), rows))
 
 
 def _dev_measure(runs: Sequence[RunView]) -> tuple[str, int, str]:

@@ -71,7 +71,11 @@ def content(runs: Sequence[RunView]) -> Content:
     first = runs[0].result
     differences, reference = _differences(runs)
     made = [
-        *([accuracy_chart(runs), difference_chart(differences, reference)] if len(runs) > 1 else []),
+        *(
+            [accuracy_chart(runs), difference_chart(differences, reference, list(by_label(runs)))]
+            if len(runs) > 1
+            else []
+        ),
         *(loss_chart(_trained(runs)), dev_chart(_trained(runs)), *booster_charts(_trained(runs))),
     ]
     lead = reached(first) if len(runs) == 1 else _compared(runs)

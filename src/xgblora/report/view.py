@@ -51,6 +51,12 @@ class Line:
     """Steps, examples and seconds."""
 
 
+def first_unit(runs: Sequence[RunView]) -> str:
+    """What curves are drawn over at first: steps, or examples where steps of different runs forward different many."""
+    sizes = {round(run.result.forward_sequences / max(run.result.steps, 1)) for run in runs}
+    return "steps" if len(sizes) == 1 else "examples"
+
+
 def over_work(run: RunView, steps: Sequence[float], values: Sequence[float]) -> Line:
     """Values at some steps, over steps, examples forwarded and seconds: of these two, as many for every step."""
     result, most = run.result, max(run.result.steps, 1)
