@@ -40,12 +40,12 @@ RESULT = replace(curves("boost", 0, 0.85, [1, 2]).result, rows_won=20, rows_lost
     ],
 )
 def test_a_run_says_what_it_came_to(changes: dict[str, float], losses: dict[int, float], says: str) -> None:
-    lines = closing(replace(RESULT, **changes), Path("runs/mine"), losses, 'predict "a text"')
+    lines = closing(replace(RESULT, **changes), losses, 'predict runs/mine "a text"')
     assert any(says in line for line in lines), lines
 
 
 def test_nothing_is_said_against_what_is_best() -> None:
-    lines = closing(RESULT, Path("runs/mine"), {1: 0.5, 2: 0.4}, "chat")
+    lines = closing(RESULT, {1: 0.5, 2: 0.4}, "chat runs/mine")
     assert len(lines) == 2
     assert lines[-1] == "Next: xgblora chat runs/mine"
     assert short(RESULT) == "Boost, seed 0: validation 50.0 -> 85.0 % (76.7 to 90.7); trained in 20 s"

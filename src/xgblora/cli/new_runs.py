@@ -14,13 +14,13 @@ from xgblora.runs.check import check as carry_out_check
 from xgblora.runs.demo import DemoConfig
 from xgblora.runs.demo import demo as carry_out_demo
 from xgblora.runs.experiment import ExperimentConfig, Result, arms, experiment
+from xgblora.runs.finished import asking
 from xgblora.runs.folder import ADAPTER, contents, dev_losses, folder_of, require_ours, task_of
 from xgblora.runs.html_report import report_at_the_end
 from xgblora.runs.plan import Plan, plan, whole
 from xgblora.runs.run import run
 from xgblora.runs.run_yaml import RunFile
 from xgblora.runs.workspace import Workspace
-from xgblora.tasks import Chat
 from xgblora.training.record import TRAINING_LOSS
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,7 @@ def demo(verb: str, argv: list[str]) -> int:
 def _close(result: RunResult, folder: Path, config: RunConfig, example: str = "a text") -> None:
     """Print what a run came to, and the command that asks its model, about ``example`` where a text will do."""
     task = task_of(config)
-    asks = f'predict "{example}"' if len(task.asking) == 1 else "predict --file rows.csv"
-    for line in closing(result, folder, dev_losses(folder), "chat" if isinstance(task, Chat) else asks):
+    for line in closing(result, dev_losses(folder), asking(task, folder, example)):
         print(line)
 
 

@@ -7,14 +7,13 @@ from xgblora.report.intervals import beyond_chance
 from xgblora.report.result import RunResult
 
 
-def closing(result: RunResult, folder: Path, dev_losses: Mapping[int, float], asks: str) -> list[str]:
+def closing(result: RunResult, dev_losses: Mapping[int, float], asks: str) -> list[str]:
     """The result in sentences: how good, whether by chance, what the dev rows say, and what to type next.
 
     Args:
         result: The run's.
-        folder: Its folder.
         dev_losses: The dev loss with the first k boosters, where they were judged.
-        asks: The command that asks the model, without the folder: ``predict TEXT`` with ``TEXT`` an example.
+        asks: The command that asks its model: ``predict FOLDER TEXT`` with ``TEXT`` an example.
     """
     lines = [_reached(result)]
     if dev := _dev(result, dev_losses):
@@ -25,8 +24,7 @@ def closing(result: RunResult, folder: Path, dev_losses: Mapping[int, float], as
             f"nats ({rise:+.3f})."
         )
     if result.boosters is not None:
-        verb, _, rest = asks.partition(" ")
-        lines.append(f"Next: xgblora {verb} {folder.as_posix()} {rest}".rstrip())
+        lines.append(f"Next: xgblora {asks}")
     return lines
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xgblora.report.intervals import LEVEL
+
 DRAWS = 5000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,19 @@ def read_finished(folder: Path) -> FinishedRun:
     )
 
 
+def asking(task: Task | Chat, folder: Path, example: str = "a text") -> str:
+    """The command that asks the model of a run: ``predict FOLDER "a text"``.
+
+    Args:
+        task: Of the run.
+        folder: Of the run.
+        example: Where a text will do.
+    """
+    if isinstance(task, Chat):
+        return f"chat {folder.as_posix()}"
+    return f"predict {folder.as_posix()} " + (f'"{example}"' if len(task.asking) == 1 else "--file rows.csv")
+
+
 def _task_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings.get(name) for name in ("task_file", "task_name")}
 

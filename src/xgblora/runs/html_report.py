@@ -19,9 +19,8 @@ from xgblora.report import (
     write_report,
 )
 from xgblora.runs.environment import ENVIRONMENT
-from xgblora.runs.finished import read_finished
+from xgblora.runs.finished import asking, read_finished
 from xgblora.runs.folder import ADAPTER, CONFIG
-from xgblora.tasks import Chat
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +88,5 @@ def read_view(folder: Path) -> RunView:
         environment=read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).is_file() else {},
         answers=read_answers(folder / ANSWERS) if (folder / ANSWERS).is_file() else [],
         norms=delta_norms(adapter) if adapter.is_dir() else {},
-        asks=_asks(folder) if adapter.is_dir() else "",
+        asks=f"xgblora {asking(read_finished(folder).task, folder)}" if adapter.is_dir() else "",
     )
-
-
-def _asks(folder: Path) -> str:
-    task = read_finished(folder).task
-    if isinstance(task, Chat):
-        return f"xgblora chat {folder.as_posix()}"
-    rows = '"a text"' if len(task.asking) == 1 else "--file rows.csv"
-    return f"xgblora predict {folder.as_posix()} {rows}"
