@@ -345,7 +345,7 @@ def test_calibration_and_confusion_are_counted() -> None:
     bins = calibration([row.trained for row in rows])
     assert [(one.rows, round(one.right, 3)) for one in bins] == [(1, 1.0), (3, 0.667)]
     assert calibration_error([Bin(1.0, 0.5, 1), Bin(0.5, 0.5, 3)]) == pytest.approx(0.125)
-    assert confusion(rows, trained=True) == (["no", "yes"], [[1, 0], [1, 2]])
+    assert confusion(rows) == (["no", "yes"], [[1, 0], [1, 2]])
 
 
 def test_long_curves_are_thinned_and_smoothed(reports: dict[str, Path]) -> None:

@@ -115,8 +115,8 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return sum(abs(one.sure - one.right) * one.rows for one in bins) / max(sum(one.rows for one in bins), 1)
 
 
-def confusion(rows: Sequence[AnsweredRow], trained: bool) -> tuple[list[str], list[list[int]]] | None:
-    """Answers, and how often each was given (columns) where each is right (lines).
+def confusion(rows: Sequence[AnsweredRow]) -> tuple[list[str], list[list[int]]] | None:
+    """Answers, and how often each was given (columns) by the trained model where each is right (lines).
 
     None where answers are written, several are right, or there are more than can be read.
     """
@@ -128,7 +128,7 @@ def confusion(rows: Sequence[AnsweredRow], trained: bool) -> tuple[list[str], li
     places = {name: place for place, name in enumerate(names)}
     counts = [[0] * len(names) for _ in names]
     for row in rows:
-        counts[places[row.right[0]]][places[(row.trained if trained else row.base).text]] += 1
+        counts[places[row.right[0]]][places[row.trained.text]] += 1
     return names, counts
 
 

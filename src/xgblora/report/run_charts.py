@@ -81,7 +81,7 @@ def _before_and_after(run: RunView) -> list[tuple[str, list[Answer]]]:
 
 def confusion_chart(run: RunView, name: str) -> Chart | None:
     """What was answered where each option is right, by the trained model."""
-    made = confusion(run.answers, trained=True)
+    made = confusion(run.answers)
     if made is None:
         return None
     names, counts = made

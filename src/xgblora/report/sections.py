@@ -70,14 +70,11 @@ def content(runs: Sequence[RunView]) -> Content:
     """
     first = runs[0].result
     differences, reference = _differences(runs)
-    made = [
-        *(
-            [accuracy_chart(runs), difference_chart(differences, reference, list(by_label(runs)))]
-            if len(runs) > 1
-            else []
-        ),
-        *(loss_chart(_trained(runs)), dev_chart(_trained(runs)), *booster_charts(_trained(runs))),
-    ]
+    trained = [run for run in runs if run.result.trainer != "none"]
+    made = [loss_chart(trained), dev_chart(trained), *booster_charts(trained)]
+    if len(runs) > 1:
+        labels = list(by_label(runs))
+        made = [accuracy_chart(runs), difference_chart(differences, reference, labels), *made]
     lead = reached(first) if len(runs) == 1 else _compared(runs)
     trust = _chance(first) if len(runs) == 1 else _difference_words(differences, reference)
     return Content(
@@ -87,10 +84,6 @@ def content(runs: Sequence[RunView]) -> Content:
         charts=[chart for chart in made if chart is not None],
         parts=[_part(run, number) for number, run in enumerate(runs)],
     )
-
-
-def _trained(runs: Sequence[RunView]) -> list[RunView]:
-    return [run for run in runs if run.result.trainer != "none"]
 
 
 def reached(result: RunResult) -> str:
