@@ -1,6 +1,8 @@
 """Commands in processes of their own, to be killed, stopped and started at once; and small disks for them."""
 
 import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -25,17 +27,51 @@ if sys.platform != "win32":
     )  # imported once: what is killed is a run, not an import
 
 
-def _command(argv: list[str], log: str) -> None:
+def _command(argv: list[str], log: str, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environment)
     with Path(log).open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         sys.exit(main(argv))
 
 
-def start(argv: list[str], log: Path) -> Any:
+def start(argv: list[str], log: Path, **environment: str) -> Any:
     """The command in a process of its own, what it says in ``log``."""
-    process = CONTEXT.Process(target=_command, args=(argv, str(log)))
+    process = CONTEXT.Process(target=_command, args=(argv, str(log), environment))
     process.start()
     return process
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def place(number: int, size: int, port: int, agent: bool = False) -> dict[str, str]:
+    """What torchrun tells the ``number``-th of so many processes; ``agent``: it is there, and keeps their store."""
+    numbers = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    places = {name: str(value) for name, value in numbers.items()}
+    if agent:
+        places |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def start_together(argv: list[str], log: Path, size: int) -> list[Any]:
+    """So many processes that share a command, what they say in ``log``. What they meet at is kept here, by torchrun's
+    part in it, until the last of them is gone."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [start(argv, log, **place(number, size, store.port, agent=True)) for number in range(size)]
+    processes[0].store = store
+    return processes
+
+
+def finish_together(argv: list[str], log: Path, size: int) -> None:
+    processes = start_together(argv, log, size)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, log.read_text(encoding="utf-8")
 
 
 def finish(argv: list[str], log: Path) -> None:

@@ -12,8 +12,8 @@ from conftest import ARCHITECTURES, LogLines, Run, build, examples, refusal_by_c
 from xgblora import Example, RunConfig, Trainer, attach
 from xgblora.config import better
 from xgblora.errors import XgbloraError
+from xgblora.learn.drawn import DrawnMethod
 from xgblora.learn.fitted.step_length import NewtonLength
-from xgblora.learn.methods import DrawnMethod
 
 WRITERS: dict[str, Any] = {"lora_target_modules": ["o_proj", "down_proj"]}
 DRAWN: dict[str, Any] = WRITERS | {"xgblora_init": "activations", "xgblora_init_examples": 24}

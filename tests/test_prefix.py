@@ -25,8 +25,8 @@ def gradient(adapters: Adapters, prefix: Prefix | None, seed: int = 0) -> Estima
 @pytest.mark.parametrize(
     ("packed", "cache_bytes"),
     [
-        *((True, cache_bytes) for cache_bytes in (0, 4000, 10**9)),
-        *(pytest.param(False, cache_bytes, marks=pytest.mark.soak) for cache_bytes in (0, 4000)),  # nothing is kept
+        *((True, cache_bytes) for cache_bytes in (0, 12_000, 10**9)),
+        *(pytest.param(False, cache_bytes, marks=pytest.mark.soak) for cache_bytes in (0, 12_000)),  # nothing is kept
         (False, 10**9),
     ],
 )

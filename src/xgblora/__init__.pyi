@@ -5,6 +5,7 @@ from .base import Base, load_model
 from .config import RunConfig
 from .data.batch import Batch, Example
 from .errors import DivergedError, XgbloraError
+from .group import join
 from .learn.base_score import add_base_score
 from .learn.evaluate import evaluate, evaluate_stages
 from .learn.fitted.writers import last_writers, residual_writers
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "evaluate_stages",
     "get_task",
+    "join",
     "last_writers",
     "length_penalised",
     "load_adapters",

@@ -1,5 +1,6 @@
 """All adapted layers of one model: the handle that training, boosting and saving work with."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,13 @@ class Adapters:
     def same_layers_next(self) -> bool:
         """Whether every pair trains in the same layers, so that no booster comes to lie below the next pair."""
         return self.subset is not None and self.subset.choice == "top"
+
+    def pair_digest(self) -> str:
+        """SHA-256 of the numbers of the pair in training."""
+        digest = hashlib.sha256()
+        for parameter in self.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def bare_below(self) -> bool:

@@ -297,6 +297,12 @@ class Base:
         finally:
             self._prefix = before
 
+    def share_below(self, batches: Sequence[Batch]) -> None:
+        """Before processes forward some of these batches each: what :meth:`skipping` keeps of all of them, all keep."""
+        if self._prefix is not None:
+            prefix, layer = self._prefix
+            prefix.share(batches, layer, self.run)
+
     @contextmanager
     def ready(self, batch: Batch) -> Iterator[None]:
         """Make the model ready for forwards of this very batch by somebody else's code."""

@@ -7,6 +7,7 @@ needs them once instead of twice, and not at all for examples whose activations 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from xgblora.base.layer_major import Run, Turn, no_turn, one_by_one
 from xgblora.base.swap import StandIn, swap
 from xgblora.data.batch import Batch, Example, build_batch
 from xgblora.errors import XgbloraError, one_line
+from xgblora.group import gather, mine, size
 
 logger = logging.getLogger(__name__)
 
@@ -85,54 +87,102 @@ class Prefix:
         with entering(self.model, layer, entered) as turn:
             yield turn
 
+    def share(self, batches: Sequence[Batch], layer: str, run: Run) -> None:
+        """Compute what these batches need below ``layer``, with the other processes, as far as it is kept.
+
+        Afterwards all processes keep the same, which is what one alone would keep.
+        """
+        if size() == 1 or not batches[0].packed:
+            return
+        plan = self._plan([batch.original or batch for batch in batches])
+        kept = [number for number in plan.parts if plan.kept[number]]
+        ours = [plan.parts[kept[place]] for place in mine(len(kept))]
+        computed = run_below(self.model, [part.filled() for part in ours], layer, run) if ours else []
+        rows = [hidden[0, : part.tokens].float() for hidden, part in zip(computed, ours, strict=True)]
+        shapes = [(plan.parts[number].tokens, self._width) for number in kept]
+        for number, hidden in zip(kept, gather(rows, shapes, batches[0].input_ids.device), strict=True):
+            for key, of_example in plan.rows(number, hidden.to(self._dtype)):
+                self._keep(key, of_example)
+
     def _packed(self, wave: list[Batch], layer: str, run: Run) -> Iterator[Tensor]:
         """Hidden states (1, tokens, hidden) of each batch that enter ``layer``, from memory where they are."""
-        keys = [[_key(example) for example in batch.examples] for batch in wave]
+        plan = self._plan(wave)
+        computed = run_below(self.model, [part.filled() for part in plan.parts.values()], layer, run)
+        fresh: dict[int, dict[Any, Tensor]] = {}
+        for number, part in plan.parts.items():
+            rows = dict(plan.rows(number, computed.pop(0)[0, : part.tokens]))
+            if plan.kept[number]:
+                for key, of_example in rows.items():
+                    self._keep(key, of_example)
+            else:
+                fresh[number] = rows
+        for number, batch in enumerate(wave):
+            new = fresh.pop(number, {})
+            keys = map(_key, batch.examples)
+            yield torch.cat([new[key] if key in new else self._kept[key] for key in keys])[None]
+
+    def _plan(self, wave: Sequence[Batch]) -> "_Plan":
+        """What is missing of each batch. All of that is kept, or nothing: so a batch that comes again is computed as
+        before, whoever computes it."""
         missing: dict[int, dict[Any, Example]] = {}
         parts: dict[int, Batch] = {}
+        kept: dict[int, bool] = {}
         coming: set[Any] = set()
         room = self.cache_bytes - self.used_bytes
-        width = self.model.config.get_text_config().hidden_size
-        itemsize = self.model.get_input_embeddings().weight.dtype.itemsize
-        for number, (batch, of_batch) in enumerate(zip(wave, keys, strict=True)):
-            known = dict(zip(of_batch, batch.examples, strict=True))
+        for number, batch in enumerate(wave):
+            known = {_key(example): example for example in batch.examples}
             lacking = {key: e for key, e in known.items() if key not in self._kept and key not in coming}
             if not lacking:
                 continue
-            whole = len(lacking) == len(batch.examples)
             missing[number] = lacking
+            whole = len(lacking) == len(batch.examples)
             parts[number] = batch if whole else build_batch(list(lacking.values())).to(batch.input_ids.device)
-            for key, example in lacking.items():
-                size = example.tokens * width * itemsize
-                if size <= room:  # it will be kept, so that no other batch computes it, too
-                    coming.add(key)
-                    room -= size
-        computed = run_below(self.model, [part.filled() for part in parts.values()], layer, run)
-        fresh: dict[int, dict[Any, Tensor]] = {}
-        for number, part in parts.items():
-            lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
-            rows_of = zip(missing[number], computed.pop(0)[0, : part.tokens].split(lengths), strict=True)
-            # What is kept is a copy: the batch goes, before the next one is looked at.
-            fresh[number] = {key: rows for key, rows in rows_of if not self._keep(key, rows)}
-        for number, of_batch in enumerate(keys):
-            new = fresh.pop(number, {})
-            yield torch.cat([new[key] if key in new else self._kept[key] for key in of_batch])[None]
+            needed = sum(example.tokens for example in lacking.values()) * self._width * self._dtype.itemsize
+            kept[number] = needed <= room
+            if kept[number]:  # no other batch computes it, too
+                coming.update(lacking)
+                room -= needed
+            elif self.cache_bytes and not self._full:
+                self._full = True
+                logger.info(
+                    "The activation cache is full: it holds %d examples in %.2f GB; others are computed every time "
+                    "(--activation_cache_gb)",
+                    len(self._kept) + len(coming),
+                    (self.cache_bytes - room) / 1e9,
+                )
+        return _Plan(missing, parts, kept)
 
-    def _keep(self, key: Any, rows: Tensor) -> bool:
-        """Whether there was room for them."""
-        if self.used_bytes + rows.nbytes <= self.cache_bytes:
-            self._kept[key] = rows.clone()  # a view would keep its whole batch
-            self.used_bytes += rows.nbytes
-            return True
-        if self.cache_bytes and not self._full:
-            self._full = True
-            logger.info(
-                "The activation cache is full: it holds %d examples in %.2f GB; others are computed every time "
-                "(--activation_cache_gb)",
-                len(self._kept),
-                self.used_bytes / 1e9,
-            )
-        return False
+    @property
+    def _width(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    def _keep(self, key: Any, rows: Tensor) -> None:
+        """Keep a copy: a view would keep its whole batch."""
+        self._kept[key] = rows.clone()
+        self.used_bytes += rows.nbytes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be computed below the layer, by number of the batch."""
+
+    missing: dict[int, dict[Any, Example]]
+    """Examples, by their keys."""
+    parts: dict[int, Batch]
+    """Batches of them."""
+    kept: dict[int, bool]
+    """Whether there is room for them."""
+
+    def rows(self, number: int, hidden: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Each example's key and rows, of what was computed (tokens, hidden)."""
+        part = self.parts[number]
+        lengths = torch.bincount(part.token_segment, minlength=part.segments).tolist()
+        return zip(self.missing[number], hidden.split(lengths), strict=True)
 
 
 def _key(example: Example) -> tuple[Any, ...]:

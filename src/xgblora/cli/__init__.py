@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from xgblora import group
 from xgblora.cli.pages import help_page, overview
 from xgblora.cli.verbs import VERBS
 from xgblora.errors import Interrupted, XgbloraError, did_you_mean, within_memory
@@ -18,7 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 ``check`` failed, 2 the user's error (one line on stderr), 128 + its number for a
         signal.
     """
-    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        return _carry_out(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+    finally:
+        group.leave()
+
+
+def _carry_out(argv: list[str]) -> int:
+    verb, *rest = argv
     if verb in ("-h", "--help", "help"):
         return _print(help_page(rest[0]) if rest and rest[0] in VERBS else overview())
     if verb == "--version":
@@ -28,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise XgbloraError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} (xgblora --help lists the verbs)")
         if "-h" in rest or "--help" in rest:
             return _print(help_page(verb))
+        group.join()
+        if group.size() > 1 and not VERBS[verb].shared:
+            raise XgbloraError(f"xgblora {verb} runs in one process: start it without torchrun")
         if "--help-all" in rest or "--help_all" in rest:
             rest = ["--help"]  # argparse's, of every flag
         with within_memory(
@@ -43,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except Interrupted as stop:
         again = "the same command" + (" with --skip_completed" if verb in ("compare", "boost") else "")
-        print(f"{stop}; {again} goes on at the last checkpoint", file=sys.stderr)
+        if group.speaks():
+            print(f"{stop}; {again} goes on at the last checkpoint", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -56,7 +68,8 @@ def _print(text: str) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if group.speaks():
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from xgblora import group
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse, parse_experiment, with_config
 from xgblora.config import RunConfig, better
@@ -37,6 +38,8 @@ def train(verb: str, argv: list[str]) -> int:
         require_ours(config)
         return _say([(folder_of(config).name, plan(config, Workspace(config)))])
     run(config)
+    if not group.first():
+        return 0
     folder = folder_of(config)
     files = [folder / name for name in (ADAPTER, TRAINING_LOSS, METRICS)]
     files += report_at_the_end([folder], folder / REPORT)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from xgblora import group
 from xgblora.progress import live
 
 
@@ -39,7 +40,7 @@ def set_up_output(log_to_stderr: bool = False) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a Windows console may lack a character
     package = logging.getLogger("xgblora")
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if group.first() else logging.ERROR)
     _HANDLER.to_stderr = log_to_stderr
     if _HANDLER not in package.handlers:
         package.addHandler(_HANDLER)

@@ -19,6 +19,8 @@ class Verb:
     """Its module in this package."""
     name: str
     """Of its function there."""
+    shared: bool = False
+    """Several processes may share it."""
 
     def function(self) -> Handler:
         """The function that carries the verb out."""
@@ -29,7 +31,7 @@ class Verb:
 VERBS = {
     "demo": Verb("Start here", "a small model learns a real task on this machine, in minutes", "new_runs", "demo"),
     "tasks": Verb("Start here", "the tasks, or rows of one as a model sees them", "listings", "tasks"),
-    "train": Verb("Train", "one run: one model, one task, one method, one seed", "new_runs", "train"),
+    "train": Verb("Train", "one run: one model, one task, one method, one seed", "new_runs", "train", True),
     "compare": Verb("Train", "several methods over several seeds, with figures and a summary", "new_runs", "compare"),
     "boost": Verb("Train", "XGBLoRA over several seeds, evaluated at each merge", "new_runs", "boost"),
     "check": Verb("Train", "what the flags mean, and whether memory suffices; trains nothing", "new_runs", "check"),

@@ -235,14 +235,13 @@ class Flags(TrainingArguments):
     boost_follow_ridge: float = flag(0.03, "Recipe boost: ridge penalty of a booster's fit.", POSITIVE, BOOST)
     boost_temperature: float = flag(
         0.25,
-        "Recipe boost with a reward: how far options' chances may stay what the base says, in spreads of their "
-        "rewards. Near 0 the best option is all there is.",
+        "Recipe boost with a reward: how far options may stay as likely as the base says, in spreads of their rewards.",
         *(POSITIVE, BOOST, REWARD),
     )
     boost_opinion: Literal["auto", "keep", "drop"] = flag(
         "auto",
-        "Recipe boost: whether the teacher adds to what the base says along its directions (keep) or replaces it "
-        "(drop); auto: whichever has the lower loss on the examples that are set aside.",
+        "Recipe boost: the teacher adds to what the base says along its directions (keep) or replaces it (drop); auto: "
+        "whichever has the lower loss on the examples that are set aside.",
         BOOST,
     )
     boost_keep: str | None = flag(
@@ -255,8 +254,7 @@ class Flags(TrainingArguments):
     boost_search_share: float = flag(
         0.125,
         "Recipe boost: share of the examples that is never fitted and finds the step length of every booster.",
-        Check(lambda value: 0 < value <= 0.5, "above 0 and at most 0.5"),
-        BOOST,
+        *(Check(lambda value: 0 < value <= 0.5, "above 0 and at most 0.5"), BOOST),
     )
 
     # --- Zeroth-order estimator ---
@@ -279,10 +277,14 @@ class Flags(TrainingArguments):
         False,
         "Fuse what lies between matrix products. Compiles for half a minute; worth it for large batches "
         "(docs/performance.md).",
-        ONE_STEP,
-        OBSERVED,
+        *(ONE_STEP, OBSERVED),
         Needs(lambda c: c.trainer == "zo", "is for --trainer zo: what it compiles has no gradients"),
         Needs(lambda c: c.objective != "reward", "is for losses: leave it out with --objective reward"),
+    )
+    forward_tokens: int | None = flag(
+        None,
+        "Tokens of one forward in training, about; processes share such parts. Default: 1024; on a GPU a whole step.",
+        at_least(1),
     )
     activation_cache_gb: float = flag(
         1.0, "Memory for the activations of layers below the lowest one that trains; 0 = none.", NOT_NEGATIVE

@@ -108,8 +108,12 @@ class RunConfig(Flags):
         named = {name for name, asked in half.items() if asked} | ({self.dtype} - {"auto"})
         if len(named) > 1:
             raise XgbloraError(f"{' and '.join(sorted(named))} are two precisions of the base: give --dtype alone")
-        self.dtype = named.pop() if named else precision.choose(self)  # type: ignore[assignment]
-        self.load_float16, self.load_bfloat16 = self.dtype == "float16", self.dtype == "bfloat16"
+        self.take_dtype(named.pop() if named else precision.choose(self))
+
+    def take_dtype(self, dtype: str) -> None:
+        """Let the base be loaded in this precision."""
+        self.dtype = dtype  # type: ignore[assignment]
+        self.load_float16, self.load_bfloat16 = dtype == "float16", dtype == "bfloat16"
 
     def derived(self) -> dict[str, Any]:
         """The settings that the recipe decides: with ``boost`` a step is a booster."""

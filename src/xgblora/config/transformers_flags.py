@@ -53,6 +53,7 @@ ALLOWED: dict[str, Flag] = _each(
         "optim_args": Flag(CLASSIC, RATED),
         "weight_decay": Flag(CLASSIC, RATED, NOT_NEGATIVE),
         "per_device_eval_batch_size": Flag(at_least(1)),
+        "ddp_timeout": Flag(at_least(1), identity=False),
         "project trackio_bucket_id trackio_space_id trackio_static_space_id": ON_TRACKIO,
         "train_sampling_strategy": Flag(
             Check(
@@ -63,16 +64,16 @@ ALLOWED: dict[str, Flag] = _each(
 )
 """Those that work as transformers documents them, beside the ones that :class:`RunConfig` declares anew."""
 
-ONE_PROCESS = "training runs in one process"
+OWN_PROCESSES = "processes share forwards in this package's own way: torchrun -m xgblora (docs/scale.md)"
 HUB = "a finished run is uploaded by xgblora push RUN OWNER/NAME"
 OWN_EVALUATION = "evaluation packs its own batches and keeps one number an example"
 AS_IT_IS = "the base is called as it is"
 
 REFUSED: dict[str, str] = _each(
     {
-        "accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph": ONE_PROCESS,
-        "ddp_find_unused_parameters ddp_timeout deepspeed fsdp fsdp_config local_rank": ONE_PROCESS,
-        "log_level_replica log_on_each_node parallelism_config save_on_each_node": ONE_PROCESS,
+        "accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph": OWN_PROCESSES,
+        "ddp_find_unused_parameters deepspeed fsdp fsdp_config local_rank": OWN_PROCESSES,
+        "log_level_replica log_on_each_node parallelism_config save_on_each_node": OWN_PROCESSES,
         "activation_checkpointing_kwargs gradient_checkpointing_kwargs": "whole decoder layers are computed again",
         "batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_use_gather_object": OWN_EVALUATION,
         "include_for_metrics prediction_loss_only": OWN_EVALUATION,

@@ -22,12 +22,14 @@ from xgblora.base.cpu_layout import return_freed_memory
 from xgblora.base.prefix import Prefix
 from xgblora.config import RunConfig
 from xgblora.data.batch import Batch, build_batch
+from xgblora.group import gather, mine, total
 from xgblora.learn.cost import Cost
 from xgblora.learn.losses import Loss
 from xgblora.randomness import Stream, generator
 
 FORWARD_TOKENS = 1024
-"""Tokens of a forward on a CPU, about: with more, what a layer hands to the next no longer stays in its cache."""
+"""Tokens of a forward on a CPU, about, where nobody says: with more, what a layer hands to the next no longer stays in
+its cache."""
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """(directions (D, d), probes (2 n, D)) -> losses (2 n,): row k is one example's loss at theta + probes[k] @
@@ -77,11 +79,14 @@ class TwoSided:
     directions: Literal["per_example", "shared"] = "per_example"
     prefix: Prefix | None = None
     """Computes what lies below the lowest layer that trains."""
+    forward_tokens: int | None = None
+    """Of one forward, as :func:`split_batch` takes them."""
 
     @torch.inference_mode()
     def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
         """Estimate the gradient of the mean loss of ``batch``, without a backward pass."""
-        losses, before = losses_along(adapters, loss, batch, self.prefix), loss.tokens
+        before = loss.tokens
+        losses = losses_along(adapters, loss, batch, self.prefix, most=self.forward_tokens)
         device = batch.input_ids.device
         draws = [
             generator(key.seed, Stream.DIRECTION, key.step, key.micro_batch, number)
@@ -89,7 +94,7 @@ class TwoSided:
         ]
         mean, gradient, projected = self.estimate(losses, adapters.size, batch.segments, draws, device)
         passes = 2 * self.perturbations
-        tokens = loss.tokens - before if loss.writes else passes * batch.tokens
+        tokens = total(loss.tokens - before) if loss.writes else passes * batch.tokens
         if device.type == "cpu":
             return_freed_memory()  # a loss may have forwards of its own, which leave holes, too
         return Estimate(mean.item(), gradient * share, Cost(passes, passes * batch.segments, tokens), projected)
@@ -142,62 +147,93 @@ class Backprop:
     """Keep what enters each decoder layer alone, and compute the rest of it again on the way back."""
     prefix: Prefix | None = None
     """Computes what lies below the lowest layer that trains, where nothing goes back."""
+    forward_tokens: int | None = None
+    """Of one forward, as :func:`split_batch` takes them."""
 
     def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
-        """Compute the gradient of the mean loss of ``batch``."""
-        before, base = loss.tokens, adapters.base
+        """Compute the gradient of the mean loss of ``batch``, a part of it after another."""
+        before = loss.tokens
+        if loss.writes:  # what draws answers takes random numbers in turn: every process draws them all
+            of_parts = [self._of_part(adapters, loss, batch, share)]
+        else:
+            split = [part for _, part in split_batch(batch, 1, self.forward_tokens)]
+            numbers, shape = mine(len(split)), (1 + adapters.size,)
+            shares = [share * part.segments / batch.segments for part in split]
+            with adapters.base.skipping(self.prefix, adapters.lowest_layer):
+                adapters.base.share_below(split)
+            of_mine = [self._of_part(adapters, loss, split[number], shares[number]) for number in numbers]
+            of_parts = gather(of_mine, [shape] * len(split), batch.input_ids.device)
+        whole = of_parts[0]
+        for of_part in of_parts[1:]:
+            whole = whole + of_part
+        tokens = loss.tokens - before if loss.writes else batch.tokens
+        return Estimate((whole[0] / share).item(), whole[1:], Cost(1, batch.segments, tokens))
+
+    def _of_part(self, adapters: Adapters, loss: Loss, batch: Batch, share: float) -> Tensor:
+        """The mean loss and its gradient (1 + d,) float32, times ``share``."""
         parameters = [matrix for layer, _, _ in adapters.slices for matrix in (layer.lora_A, layer.lora_B)]
         with (
             torch.enable_grad(),
-            base.skipping(self.prefix, adapters.lowest_layer),
-            checkpointed(base.model) if self.checkpoints else nullcontext(),
+            adapters.base.skipping(self.prefix, adapters.lowest_layer),
+            checkpointed(adapters.base.model) if self.checkpoints else nullcontext(),
         ):
-            weighted = loss(base, batch).mean() * share
+            weighted = loss(adapters.base, batch).mean() * share
         gradients = torch.autograd.grad(weighted, parameters, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-        tokens = loss.tokens - before if loss.writes else batch.tokens
-        mean = (weighted.detach() / share).item()
-        return Estimate(mean, adapters.flatten(parts), Cost(1, batch.segments, tokens))
+        return torch.cat([weighted.detach().float()[None], adapters.flatten(parts)])
 
 
-def losses_along(adapters: Adapters, loss: Loss, batch: Batch, prefix: Prefix | None, places: int = 2) -> Losses:
+def losses_along(
+    adapters: Adapters, loss: Loss, batch: Batch, prefix: Prefix | None, places: int = 2, most: int | None = None
+) -> Losses:
     """What evaluates all examples of a batch at several places of theirs: with two, at both signs of a probe.
 
     It takes probes (places n, D), those of all examples at the first place first, and returns losses in that order.
+    Processes that share the run forward a part each.
     """
-    parts = [(examples, part.repeat(places).filled()) for examples, part in split_batch(batch, places)]
+    split = split_batch(batch, places, most)
+    parts = [(examples, part.repeat(places).filled()) for examples, part in map(split.__getitem__, mine(len(split)))]
 
     def losses(z: Tensor, probes: Tensor) -> Tensor:
-        of_all = torch.empty(places, batch.segments, device=z.device)
-        probed = []
+        probed, of_mine = [], []
         for examples, part in parts:
             rows = probes.view(places, batch.segments, -1)[:, examples].flatten(0, 1)
             probed.append(Probe(z, rows if loss.writes else rows[part.token_segment]))
-        with adapters.base.skipping(prefix, adapters.lowest_layer), adapters.probing(*probed) as turn:
-            of_parts = loss.all_losses(adapters.base, [part for _, part in parts], turn)
-            for (examples, _), of_part in zip(parts, of_parts, strict=True):
-                of_all[:, examples] = of_part.float().view(places, -1)
-        return of_all.flatten()
+        with adapters.base.skipping(prefix, adapters.lowest_layer):
+            adapters.base.share_below([part for _, part in split])
+            if parts:
+                with adapters.probing(*probed) as turn:
+                    of_parts = loss.all_losses(adapters.base, [part for _, part in parts], turn)
+                    of_mine = [of_part.float().view(places, -1) for of_part in of_parts]
+        of_all = gather(of_mine, [(places, examples.stop - examples.start) for examples, _ in split], z.device)
+        return torch.cat(of_all, 1).flatten()
 
     return losses
 
 
-def split_batch(batch: Batch, places: int = 2) -> list[tuple[slice, Batch]]:
-    """A batch in parts of consecutive examples, so that all places of a part take about FORWARD_TOKENS tokens.
+def split_batch(batch: Batch, places: int = 2, most: int | None = None) -> list[tuple[slice, Batch]]:
+    """A batch in parts of consecutive examples, so that all places of a part take about ``most`` tokens.
+
+    The parts are a function of the batch, not of who forwards them. By default those of a CPU take FORWARD_TOKENS, and
+    a GPU takes the batch in one.
 
     Returns:
         The place of each part's examples in the batch, and the part. Parts have equally many examples but for the last.
     """
-    count = -(-places * batch.input_ids.numel() // FORWARD_TOKENS) if batch.input_ids.device.type == "cpu" else 1
+    if most is None and batch.input_ids.device.type == "cpu":
+        most = FORWARD_TOKENS
+    count = 1 if most is None else -(-places * batch.input_ids.numel() // most)
     size = -(-batch.segments // count)
     if size == batch.segments:
         return [(slice(0, batch.segments), batch)]
-    starts = range(0, batch.segments, size)
-    return [(slice(i, i + size), build_batch(batch.examples[i : i + size], batch.packed)) for i in starts]
+    parts = [slice(i, min(i + size, batch.segments)) for i in range(0, batch.segments, size)]
+    device = batch.input_ids.device
+    return [(part, build_batch(batch.examples[part], batch.packed).to(device)) for part in parts]
 
 
 def estimator(config: RunConfig, prefix: Prefix | None) -> Estimator:
     """The estimator that a configuration asks for."""
     if config.trainer == "regular":
-        return Backprop(config.gradient_checkpointing, prefix)
-    return TwoSided(config.zo_eps, config.zo_num_perturbations, config.zo_directions, prefix)
+        return Backprop(config.gradient_checkpointing, prefix, config.forward_tokens)
+    directions = config.zo_num_perturbations, config.zo_directions
+    return TwoSided(config.zo_eps, *directions, prefix, config.forward_tokens)

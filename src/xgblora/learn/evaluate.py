@@ -15,6 +15,7 @@ from xgblora.base import Base
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, shared_beginning, split_by_tokens
 from xgblora.errors import XgbloraError, within_memory
+from xgblora.group import gather, mine
 from xgblora.learn.generation import exact_match_and_f1, rouge_l
 from xgblora.learn.losses import AnswerLoss, OptionLoss
 from xgblora.progress import Progress
@@ -150,36 +151,41 @@ class _Scoring:
     ) -> list[list[Evaluation]]:
         """For every stage, which is a context for forwards, an evaluation of each set of examples.
 
-        All stages compute the same below ``layer``. ``nulls``: to subtract from scores, by :func:`_null`.
+        Processes that share the run forward a batch each in turn. All stages compute the same below ``layer``.
+        ``nulls``: to subtract from scores, by :func:`_null`.
         """
         base, several = self.base, len(stages) > 1
         results = [[_Scores.of(examples) for examples in sets] for _ in stages]
         prefix = Prefix(base.model, STAGE_CACHE_BYTES) if several else None
-        groups = [(number, group) for number, rows in enumerate(sets) for group in by_tokens(rows, self.batch_size)]
+        every = [(number, numbers) for number, rows in enumerate(sets) for numbers in by_tokens(rows, self.batch_size)]
+        groups = [every[place] for place in mine(len(every))]
+        scored: list[list[Tensor]] = [[] for _ in stages]
 
-        def batch_of(number: int, group: list[int]) -> Batch:
-            rows = [replace(sets[number][i], score_prompt=False) for i in group]
+        def batch_of(number: int, chosen: list[int]) -> Batch:
+            rows = [replace(sets[number][i], score_prompt=False) for i in chosen]
             with _within_memory(rows):
                 return base.batch(rows, share=not several).filled()
 
-        coming = iter(groups)
         normalised = None if nulls is None else True
-        with base.without_gradients(), Progress(sum(map(len, sets)), self.progress) as progress:
+        total = sum(len(chosen) for _, chosen in groups)
+        with base.without_gradients(), Progress(total, self.progress) as progress:
             for wave in base.waves(itertools.starmap(batch_of, groups)):
-                of_wave = list(itertools.islice(coming, len(wave)))
                 rows = [row for batch in wave for row in batch.examples]
-                for stage, of_stage in zip(stages, results, strict=True):
+                for stage, scores_of in zip(stages, scored, strict=True):
                     with _within_memory(rows), stage(), base.skipping(prefix, layer):
-                        every = list(self.loss.all_scores(base, wave, normalised))
-                    for (number, group), batch, of_batch in zip(of_wave, wave, every, strict=True):
-                        scores = of_batch
-                        if nulls is not None:
-                            of_rows = [nulls[_null(sets[number][i])] for i in group]
-                            scores = scores - nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
-                        of_stage[number].add(group, scores, self.loss.of_scores(scores, batch.label))
+                        scores_of.extend(self.loss.all_scores(base, wave, normalised))
                 if prefix is not None:
                     prefix.clear()
-                progress.add(sum(len(group) for _, group in of_wave))
+                progress.add(len(rows))
+        shapes = [(len(chosen), max(len(sets[number][i].options) for i in chosen)) for number, chosen in every]
+        for of_mine, of_stage in zip(scored, results, strict=True):
+            for (number, chosen), of_batch in zip(every, gather(of_mine, shapes, base.device), strict=True):
+                scores = of_batch
+                if nulls is not None:
+                    of_rows = [nulls[_null(sets[number][i])] for i in chosen]
+                    scores = scores - nn.utils.rnn.pad_sequence(of_rows, batch_first=True)
+                label = torch.tensor([sets[number][i].label for i in chosen], device=base.device)
+                of_stage[number].add(chosen, scores, self.loss.of_scores(scores, label))
         writer = self.loss.writer
         if writer is None:
             return [[scores.evaluation() for scores in of_stage] for of_stage in results]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from xgblora.base import Base
 from xgblora.data.batch import Example
+from xgblora.group import gather_parts, mine
 from xgblora.progress import Progress
 from xgblora.tasks import Generation
 
@@ -33,20 +34,26 @@ class Writer:
     def write(self, base: Base, examples: Sequence[Example], progress: str | None = None) -> list[str]:
         """The answer that the model writes to the prompt of each example, greedily, up to the text that ends one.
 
-        The key-value cache is transformers'; adapters act as they do in any forward.
+        The key-value cache is transformers'; adapters act as they do in any forward. Processes that share the run write
+        a batch each in turn.
 
         Args:
             base: The model, with its adapters.
             examples: Whose prompts are continued.
             progress: Name of a progress bar.
         """
-        texts = [""] * len(examples)
-        with Progress(len(examples), progress) as shown:
-            for numbers in _batches(examples):
-                prompts = [examples[number].prompt for number in numbers]
-                for number, [ids] in zip(numbers, self.continuations(base, prompts), strict=True):
-                    texts[number] = self.text(ids)
+        batches = list(_batches(examples))
+        ours = [batches[place] for place in mine(len(batches))]
+        written = []
+        with Progress(sum(map(len, ours)), progress) as shown:
+            for numbers in ours:
+                answers = self.continuations(base, [examples[number].prompt for number in numbers])
+                written.append([self.text(ids) for [ids] in answers])
                 shown.add(len(numbers))
+        texts = [""] * len(examples)
+        for numbers, of_batch in zip(batches, gather_parts(written, len(batches)), strict=True):
+            for number, text in zip(numbers, of_batch, strict=True):
+                texts[number] = text
         return texts
 
     def text(self, ids: Sequence[int]) -> str:

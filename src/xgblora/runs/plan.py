@@ -11,9 +11,9 @@ from typing import Any
 
 from xgblora.adapters.boosters import Ledger
 from xgblora.config import RunConfig, banner, changed
+from xgblora.learn.drawn import PLACES, rows_for_steps
 from xgblora.learn.evaluate import evaluate
 from xgblora.learn.losses import AnswerLoss
-from xgblora.learn.methods import PLACES, rows_for_steps
 from xgblora.learn.objectives import judges_of
 from xgblora.learn.schedule import resolve
 from xgblora.progress import quiet

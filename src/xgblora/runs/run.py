@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from xgblora import group
 from xgblora.adapters.adapters import Adapters, LayerSubset, attach
 from xgblora.adapters.boosters import Ledger, start_from
 from xgblora.adapters.files import TASK, require_lora
@@ -31,6 +32,7 @@ from xgblora.runs.answering import answered
 from xgblora.runs.card import CardFacts, card
 from xgblora.runs.environment import ENVIRONMENT, environment
 from xgblora.runs.folder import ADAPTER, STATE, finished_result, folder_of, prepare_folder, require_ours
+from xgblora.runs.sharing import of_this_process, require_same_inputs
 from xgblora.runs.workspace import Scores, Workspace
 from xgblora.tasks import Chat, Task, load_task, task_text
 from xgblora.training.checkpoints import last_checkpoint
@@ -47,6 +49,8 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
     In the main thread, Ctrl-C or SIGTERM lets the step in progress finish, saves a checkpoint and raises
     :class:`~xgblora.training.interruption.Interrupted`; a second one raises it at once.
 
+    Processes that torchrun started, and that called :func:`xgblora.join`, share it: the first one writes the files.
+
     Args:
         config: What to run. Its folder is kept where it holds an unfinished run of the same configuration.
         workspace: Of a run with the same model and rows; saves loading them again.
@@ -57,28 +61,31 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
     Raises:
         XgbloraError: Anything that a user can mend, before work is wasted.
     """
+    config = of_this_process(config)
     folder = folder_of(config)
     stop = StopAtSignal()
     require_ours(config)
-    finished = finished_result(config)
+    finished = group.of_first(lambda: finished_result(config))
     if finished is None:
         with stop.listening(), alone_in(folder):
             require_ours(config)  # again: who held the lock until now may have written something
-            finished = finished_result(config)
+            finished = group.of_first(lambda: finished_result(config))
             if finished is None:
-                return _run(config, workspace, stop)
+                result = _run(config, workspace, stop)
+                return group.of_first(lambda: result)
     logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
     return finished
 
 
 def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> RunResult:
-    checkpoint = _checkpoint(config)
+    checkpoint = group.folder_of_first(_checkpoint(config) if group.first() else None)
     if config.init_adapter and config.trainer != "none":
         require_lora(Path(config.init_adapter))
     if config.result_file:
         require_writable(Path(config.result_file))
     workspace = workspace or Workspace(config)
     workspace.require_serves(config)
+    require_same_inputs(workspace.contents(config), workspace.base.fingerprint())
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
     config.boost_keep = workspace.keeps(config)
     set_seed(config.seed)

@@ -4,7 +4,7 @@ import torch
 
 from xgblora.config import RunConfig
 from xgblora.data.batch import Batch, Example
-from xgblora.learn.methods import Method
+from xgblora.learn.method import Method
 
 
 @torch.no_grad()

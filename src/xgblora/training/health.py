@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from xgblora.learn.cost import Cost
-from xgblora.learn.methods import Step
+from xgblora.learn.method import Step
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import SoftFileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from xgblora import group
 from xgblora.errors import Interrupted, XgbloraError
 
 LOCK = "run.lock"
@@ -22,7 +23,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") i
 
 
 class StopAtSignal(TrainerCallback):
-    """The first signal lets the step in progress finish and saves a checkpoint, a second one stops at once."""
+    """The first signal lets the step in progress finish and saves a checkpoint, a second one stops at once.
+
+    Where several processes share the run, it is stopped by a signal to any of them, after the step in which all know.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -31,6 +35,7 @@ class StopAtSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take signals inside the block; outside the main thread nothing can, and nothing changes."""
+        group.ask_to_stop(0)
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -44,6 +49,7 @@ class StopAtSignal(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None
         self.received = number
+        group.ask_to_stop(number)
         if again or not self.training:
             raise Interrupted(number)
 
@@ -53,18 +59,18 @@ class StopAtSignal(TrainerCallback):
         self.training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save = control.should_save or self.received is not None
+        control.should_save = control.should_save or bool(group.stopping())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None:
-            raise Interrupted(self.received, f"step {state.global_step}, which is saved")
+        if number := group.stopping():
+            raise Interrupted(number, f"step {state.global_step}, which is saved")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.training = False
-        if self.received is not None:
-            raise Interrupted(self.received, f"step {state.global_step}")
+        if number := group.stopping():
+            raise Interrupted(number, f"step {state.global_step}")
 
 
 @contextmanager

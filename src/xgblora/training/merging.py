@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from xgblora.adapters.boosters import Ledger
 from xgblora.adapters.files import pair_tensors, read_tensors, restore_pair
 from xgblora.config import RunConfig
-from xgblora.learn.methods import Method
+from xgblora.learn.method import Method
 from xgblora.learn.schedule import PatienceState, Schedule, resolve
 from xgblora.training.health import Meter
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from xgblora import hf
+from xgblora import group, hf
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.boosters import Ledger
 from xgblora.adapters.files import require_entries
@@ -100,7 +100,10 @@ class Trainer(hf.HookedTrainer):
             raise XgbloraError("the adapters belong to another model")
         hf.use_one_device(args)  # DataParallel would split what is one packed row
         if args.world_size > 1:
-            raise XgbloraError("training runs in one process: start it without torchrun or accelerate launch")
+            raise XgbloraError(
+                "accelerate would share out the rows: call xgblora.join() before the configuration is made, or start "
+                "torchrun -m xgblora (docs/scale.md)"
+            )
         if args.xgblora and args.recipe == "classic" and self.adapters.rank != 1:
             raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {self.adapters.rank}")
         if args.objective == "reward" and objective is None:
@@ -281,6 +284,7 @@ class Trainer(hf.HookedTrainer):
                 state.best_model_checkpoint = str(best)
         self.store_flos()
         remove_sealed(folder, FILES)  # one that was damaged, and is now made again
+        group.require_same({f"pair at step {state.global_step}": self.adapters.pair_digest()})
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self._write_adapters(work)
             meter = self.meter
@@ -316,7 +320,7 @@ class Trainer(hf.HookedTrainer):
 
     def load_best(self, checkpoint: Path) -> None:
         """Go back to the best adapters. What was done since was done: the cost stays."""
-        self._load(checkpoint)
+        self._load(group.folder_of_first(checkpoint if group.first() else None) or checkpoint)
 
     def _load(self, checkpoint: Path) -> None:
         self.ledger.load(checkpoint)

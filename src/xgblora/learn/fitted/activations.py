@@ -4,15 +4,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import compress, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xgblora.adapters.adapters import Adapters
+from xgblora.adapters.linear import AdaptedLinear
 from xgblora.base import Observation
 from xgblora.base.layer_major import Turn, no_turn
 from xgblora.base.prefix import Prefix
 from xgblora.data.batch import Batch, Example, build_batch, split_by_tokens
+from xgblora.group import gather, gather_parts, mine, size
 from xgblora.learn.fitted.kernel import Kernel
 from xgblora.learn.fitted.recipe import no_note
 from xgblora.learn.fitted.tail import Tail
@@ -89,9 +92,13 @@ class Forwards:
         adapters: Whose base it is.
         loss: Says how options are scored.
         prefix: Computes what lies below the lowest layer that trains.
+        part_tokens: Of one forward, about.
     """
 
-    def __init__(self, adapters: Adapters, loss: AnswerLoss, prefix: Prefix | None = None) -> None:
+    def __init__(
+        self, adapters: Adapters, loss: AnswerLoss, prefix: Prefix | None = None, part_tokens: int | None = None
+    ) -> None:
+        self.part_tokens = part_tokens or PART_TOKENS
         self.adapters = adapters
         self.base = adapters.base
         self.loss = loss
@@ -111,47 +118,67 @@ class Forwards:
         """How far the work has come."""
         self.note(f"{self.work}: {state}")
 
-    def observe(self, group: Sequence[Example], *held: Sequence[Example]) -> list[Observed]:
+    def observe(self, examples: Sequence[Example], *held: Sequence[Example]) -> list[Observed]:
         """One forward over as many examples as predict no more than MOST_POSITIONS tokens.
 
         Args:
-            group: What something is fitted to. Of many positions, some are landmarks.
+            examples: What something is fitted to. Of many positions, some are landmarks.
             held: Of these all inputs are kept.
 
         Layers count alike where options are fitted, else by the length of the residual stream that they write to: a
         norm lets a change through that is small beside that, and text takes changes along many directions.
         """
-        landmarks, others = _split(group)
-        of_groups = [self._batches(examples) for examples in (landmarks, others, *map(_by_length, held))]
+        landmarks, others = _split(examples)
+        of_groups = [self._batches(rows) for rows in (landmarks, others, *map(_by_length, held))]
         of_landmarks, of_others, *of_held = of_groups
-        with closing(self._watched([batch for batches in of_groups for batch in batches])) as seen:
+        with closing(self._watched(of_groups)) as seen:
             first = self._observed(of_landmarks, of_others, seen)
             return [first, *(self._observed(batches, [], seen) for batches in of_held)]
 
     def beside(self, texts: Sequence[Example], kernel: Kernel) -> Beside:
         """One forward over texts that a fit with this kernel looks at by the side."""
         batches, coordinates, kept = self._batches(_by_length(texts)), [], _Kept()
-        for observation in self._watched(batches):
+        kernel.fetch()
+        for observation in self._watched([batches]):
             coordinates.append(kernel.coordinates(observation.inputs))
             kept.keep(observation)
-        return Beside(batches, *kept.together, torch.cat(coordinates))
+        known = gather(coordinates, [(reads, kernel.count) for reads in _reads_of(batches)], self.base.device)
+        return Beside(batches, *self._together(kept, batches), torch.cat(known))
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
-        return [batch.to(self.base.device) for batch in parts(examples, self.base.packed)]
+        return [batch.to(self.base.device) for batch in self.parts(examples)]
 
-    def _watched(self, batches: Sequence[Batch]) -> Generator[Observation]:
-        """What each batch shows of the layers that are fitted, while it is told how far that is."""
+    def parts(self, examples: Sequence[Example]) -> list[Batch]:
+        """Batches of consecutive examples, as they are forwarded."""
+        return list(parts(examples, self.base.packed, self.part_tokens))
+
+    @property
+    def _fitted(self) -> list[AdaptedLinear]:
+        """The layers that are fitted, not only turned down."""
         layers, down = [layer for layer, _, _ in self.adapters.slices], turned_down(self.adapters)
-        fitted = list(compress(layers, (not only for only in down)))
+        return list(compress(layers, (not only for only in down)))
+
+    def _watched(self, groups: Sequence[Sequence[Batch]]) -> Generator[Observation]:
+        """What batches show of the layers that are fitted, while it is told how far that is.
+
+        Of each of these lists of batches, those that are this process's.
+        """
+        batches = [batches[number] for batches in groups for number in mine(len(batches))]
+        everything = [batch for batches in groups for batch in batches]
+        with self.base.skipping(self.prefix, self.adapters.lowest_layer):
+            self.base.share_below([batch.filled() for batch in everything])
+        self.tokens += sum(batch.tokens for batch in everything)
+        return self._watch(batches)
+
+    def _watch(self, batches: Sequence[Batch]) -> Generator[Observation]:
+        layers, down = [layer for layer, _, _ in self.adapters.slices], turned_down(self.adapters)
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
             with self.base.held():
                 biases = {writer.base_layer: bias(writer, self.base.dtype) for writer in compress(layers, down)}
-            seen = self.base.observe((batch.filled() for batch in batches), fitted, biases)
-            total = sum(len(batch.examples) for batch in batches)
+            seen = self.base.observe((batch.filled() for batch in batches), self._fitted, biases)
+            total, done = sum(len(batch.examples) for batch in batches), 0
             self.tell(f"looking at {total:,} examples")
-            done = 0
             for batch, observation in zip(batches, seen, strict=True):
-                self.tokens += batch.tokens
                 done += len(batch.examples)
                 self.tell(f"looked at {done:,} of {total:,} examples")
                 yield observation
@@ -161,23 +188,38 @@ class Forwards:
         inputs: list[list[Tensor]] = []
         sizes: list[list[float]] = []
         kept = _Kept()
-        for observation in islice(seen, len(landmarks)):
+        for observation in islice(seen, len(mine(len(landmarks)))):
             inputs.append(observation.inputs)
             sizes.append(observation.sizes)
             kept.keep(observation)
-        kernel = Kernel([torch.cat(rows) for rows in zip(*inputs, strict=True)], self._weights(sizes))
-        batches, known = [*landmarks, *others], None
-        if others:
-            first = kernel.landmarks
-            known = first.new_empty(sum(batch.read.numel() for batch in batches), len(first))
-            known[: len(first)] = first
-            end = len(first)
-            for observation in islice(seen, len(others)):
-                rows = kernel.coordinates(observation.inputs)
-                known[end : end + len(rows)] = rows
-                end += len(rows)
-                kept.keep(observation)
-        return Observed(batches, *kept.together, kernel, known)
+        weights = self._weights(gather_parts(sizes, len(landmarks)))
+        widths = [layer.lora_A.shape[1] for layer in self._fitted]
+        kernel = Kernel(SharedInputs.of(inputs, _reads_of(landmarks), widths, self.base.device), weights)
+        seen_of_landmarks, known = self._together(kept, landmarks), None
+        if not others:
+            return Observed(landmarks, *seen_of_landmarks, kernel, None)
+        kernel.fetch()
+        first, kept, coordinates = kernel.landmarks, _Kept(), []
+        for observation in islice(seen, len(mine(len(others)))):
+            coordinates.append(kernel.coordinates(observation.inputs))
+            kept.keep(observation)
+        reads = _reads_of(others)
+        known = first.new_empty(len(first) + sum(reads), len(first))
+        known[: len(first)] = first
+        end = len(first)
+        for rows in gather(coordinates, [(count, len(first)) for count in reads], self.base.device):
+            known[end : end + len(rows)] = rows
+            end += len(rows)
+        both = zip(seen_of_landmarks, self._together(kept, others), strict=True)
+        written, hidden = (None if one is None or other is None else torch.cat([one, other]) for one, other in both)
+        assert hidden is not None  # every forward has some
+        return Observed([*landmarks, *others], written, hidden, kernel, known)
+
+    def _together(self, kept: "_Kept", batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor]:
+        """``written`` and ``hidden`` of all these batches, as :class:`Seen` has them, of what this process kept."""
+        shapes = [(reads, self.base.width) for reads in _reads_of(batches)]
+        written = torch.cat(gather(kept.written, shapes, self.base.device)) if any(turned_down(self.adapters)) else None
+        return written, torch.cat(gather(kept.hidden, shapes, self.base.device))
 
     def _weights(self, sizes: Sequence[Sequence[float]]) -> list[float] | None:
         """How much each layer counts, with the lengths that batches saw around them. None: all alike."""
@@ -189,13 +231,56 @@ class Forwards:
     def scores(self, batches: Sequence[Batch], turn: Turn = no_turn) -> Iterator[tuple[Batch, Tensor]]:
         """Each of ``batches`` with its option scores (examples, options); ``turn`` as in :meth:`Base.hidden`."""
         filled = [batch.to(self.base.device).filled() for batch in batches]
+        ours = mine(len(filled))
         self.tokens += sum(batch.tokens for batch in batches)
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-            yield from zip(filled, self.loss.all_scores(self.base, filled, turn=turn), strict=True)
+            self.base.share_below(filled)
+            scores = self.loss.all_scores(
+                self.base, [filled[number] for number in ours], turn=lambda place: turn(ours[place])
+            )
+            if size() > 1:  # the others' come when all are done
+                shapes = [(batch.segments, batch.max_options) for batch in filled]
+                scores = iter(gather(list(scores), shapes, self.base.device))
+            yield from zip(filled, scores, strict=True)
+
+
+class SharedInputs(Sequence[Tensor]):
+    """Inputs of each layer, whose rows lie with the processes that saw them, and come when a layer is asked for.
+
+    So no process holds more of the others than one layer's. All must ask for the same layers in the same order.
+    """
+
+    def __init__(self, ours: list[list[Tensor]], reads: Sequence[int], widths: list[int], device: torch.device) -> None:
+        self.ours, self.reads, self.widths, self.device = ours, reads, widths, device
+
+    @classmethod
+    def of(
+        cls, ours: list[list[Tensor]], reads: list[int], widths: list[int], device: torch.device
+    ) -> Sequence[Tensor]:
+        """The inputs (T, in) of each layer, of ``ours`` by part.
+
+        Args:
+            ours: (reads, in) for each layer, of each part that is this process's.
+            reads: Of every part.
+            widths: ``in`` of each layer.
+            device: Where they go.
+        """
+        if size() == 1:
+            return [torch.cat(rows) for rows in zip(*ours, strict=True)]
+        return cls(ours, reads, widths, device)
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __getitem__(self, layer: Any) -> Any:
+        if layer >= len(self.widths):
+            raise IndexError(layer)
+        shapes = [(count, self.widths[layer]) for count in self.reads]
+        return torch.cat(gather([of_part[layer].float() for of_part in self.ours], shapes, self.device))
 
 
 class _Kept:
-    """What observations show of the residual stream, put together."""
+    """What observations show of the residual stream, by batch."""
 
     def __init__(self) -> None:
         self.written: list[Tensor] = []
@@ -205,11 +290,6 @@ class _Kept:
         if observation.written is not None:
             self.written.append(observation.written)
         self.hidden.append(observation.last.float())
-
-    @property
-    def together(self) -> tuple[Tensor | None, Tensor]:
-        """As :class:`Seen` has them."""
-        return torch.cat(self.written) if self.written else None, torch.cat(self.hidden)
 
 
 def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -238,10 +318,14 @@ def _reads(example: Example) -> int:
     return in_options + (len(example.prompt) - 1 if example.score_prompt else 0)
 
 
+def _reads_of(batches: Sequence[Batch]) -> list[int]:
+    return [batch.read.numel() for batch in batches]
+
+
 def _by_length(examples: Sequence[Example]) -> list[Example]:
     return sorted(examples, key=lambda example: len(example.prompt))
 
 
-def parts(examples: Sequence[Example], packed: bool) -> Iterator[Batch]:
-    """Batches of consecutive examples of about PART_TOKENS tokens."""
-    return (build_batch(group, packed) for group in split_by_tokens(examples, PART_TOKENS) if group)
+def parts(examples: Sequence[Example], packed: bool, tokens: int = PART_TOKENS) -> Iterator[Batch]:
+    """Batches of consecutive examples of about so many tokens."""
+    return (build_batch(group, packed) for group in split_by_tokens(examples, tokens) if group)

@@ -14,7 +14,7 @@ from xgblora.config import RunConfig
 from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.learn.cost import Cost
-from xgblora.learn.fitted.activations import Forwards, Observed, parts
+from xgblora.learn.fitted.activations import Forwards, Observed
 from xgblora.learn.fitted.fit import Learner, fit
 from xgblora.learn.fitted.kept import look_beside
 from xgblora.learn.fitted.recipe import Fit, Recipe, Worth, Written
@@ -60,7 +60,7 @@ class BoostRecipe(Recipe):
         """What written answers are worth, where that is followed."""
         self.adapters = adapters
         self.config = config
-        self.forwards = Forwards(adapters, loss, prefix)
+        self.forwards = Forwards(adapters, loss, prefix, config.forward_tokens)
         self.teacher: Teacher | None = None
         """What every booster follows; fitted in the first step."""
         self.searched: list[Example] = []
@@ -252,7 +252,7 @@ def boost(
         kept = look_beside(forwards, forwards.kept, seen) if forwards.kept else None
         learner = fit(seen, loss, ridge, adapters.rank, note=forwards.tell, kept=kept)
     put(adapters, learner, 0.0)
-    batches = list(parts(searched, forwards.base.packed))
+    batches = forwards.parts(searched)
     losses: dict[float, Tensor] = {}
     asked: dict[float, Tensor] = {}
 

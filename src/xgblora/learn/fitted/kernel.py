@@ -23,11 +23,13 @@ class Kernel:
 
     def __init__(self, inputs: Sequence[Tensor], weights: Sequence[float] | None = None) -> None:
         self.inputs = inputs
+        self.count = 0
+        """How many landmarks."""
         self.scales: list[float] = []
         self.variance = 0.0
         """Mean squared distance of the scaled inputs from their mean; 0 where all positions look alike."""
         for x, weight in zip(inputs, weights or [1.0] * len(inputs), strict=True):
-            whole = x.float()
+            whole, self.count = x.float(), len(x)
             centred = whole - whole.mean(0)
             spread = centred.norm(dim=1).mean().item()
             # The first layer may see one input in all examples, at a prompt's last word: nothing to learn.
@@ -38,11 +40,12 @@ class Kernel:
     @cached_property
     def root(self) -> Tensor:
         """L, the lower root (landmarks, landmarks) of the Gram matrix, float64."""
-        count = len(self.inputs[0])
-        gram = torch.zeros(count, count, dtype=torch.float64, device=self.inputs[0].device)
+        gram: Tensor | None = None
         for x, scale in zip(self.inputs, self.scales, strict=True):
             scaled = x.double() * scale
+            gram = scaled.new_zeros(self.count, self.count) if gram is None else gram
             gram.addmm_(scaled, scaled.T)
+        assert gram is not None  # some layer trains
         # A little more on its diagonal makes examples that look alike to the layers differ by rounding alone.
         gram.diagonal().add_(1e-9 * gram.diagonal().mean())
         return torch.linalg.cholesky(gram, out=gram)
@@ -52,9 +55,13 @@ class Kernel:
         """Coordinates of the landmarks, (landmarks, landmarks) float32."""
         return self.root.float()
 
+    def fetch(self) -> None:
+        """Have the landmarks' inputs here, where they lie with several processes."""
+        self.inputs = list(self.inputs)
+
     def coordinates(self, inputs: Sequence[Tensor]) -> Tensor:
         """Those of other positions, (positions, landmarks) float32, from their inputs (positions, in)."""
-        products = torch.zeros(len(self.inputs[0]), len(inputs[0]), device=self.root.device)
+        products = torch.zeros(self.count, len(inputs[0]), device=self.root.device)
         for x, landmarks, scale in zip(inputs, self.inputs, self.scales, strict=True):
             products.addmm_(landmarks.float() * scale, x.float().T * scale)
         return torch.linalg.solve_triangular(self.root, products.double(), upper=False).T.float()

@@ -1,0 +1,332 @@
+"""The processes that share one run. torchrun starts them; what they exchange is a few bytes an example.
+
+Each of them carries out the whole run: the same rows, the same random numbers, the same decisions. Forwards alone are
+shared out: each part of a batch is forwarded by one process, and all get its results, bit for bit and in one order. So
+what a run computes does not depend on how many processes share it.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from xgblora.errors import XgbloraError, one_line
+
+if TYPE_CHECKING:  # torch takes a second to import, and the command line asks for its place first
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Variables by which torchrun tells a process its place. Hidden from accelerate, which would share out rows by them."""
+
+HEADER = 4
+"""Bytes in front of what is exchanged: the signal that asks the run to stop, or 0."""
+
+ANOTHER = "the last checkpoint is kept; the same command goes on from there, with any number of processes"
+
+
+@dataclass
+class _Group:
+    number: int = 0
+    size: int = 1
+    local: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    """How long others are waited for."""
+    store: Any = None
+    """What processes meet at, once they have."""
+    signal: int = 0
+    """That this process received, and has yet to tell."""
+    stopping: int = 0
+    """The signal that all know of."""
+    scratch: "TemporaryDirectory[str] | None" = None
+
+
+_group = _Group()
+
+
+class LostProcessError(XgbloraError):
+    """Another process of the run is gone, or silent for too long."""
+
+
+def join() -> None:
+    """Take this process's place among those that torchrun started; alone, nothing happens.
+
+    Call it before anything of transformers' is made. Others are met later, in :func:`meet`.
+
+    Raises:
+        XgbloraError: The variables do not name a place.
+
+    Example::
+
+        xgblora.join()
+        config = RunConfig(output_dir="runs/mine", ddp_timeout=60)
+        run(config)
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return
+    environment = {name: os.environ.pop(name) for name in PLACE if name in os.environ}
+    try:
+        number, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local = int(environment.get("LOCAL_RANK", number))
+    except (KeyError, ValueError) as error:
+        raise XgbloraError(f"RANK and WORLD_SIZE must be numbers, as torchrun sets them ({one_line(error)})") from error
+    if not 0 <= number < size:
+        raise XgbloraError(f"RANK must be below WORLD_SIZE, got {number} and {size}")
+    _group.number, _group.size, _group.local, _group.environment = number, size, local, environment
+
+
+def size() -> int:
+    """How many processes share the run; 1 where this one is alone."""
+    return _group.size
+
+
+def number() -> int:
+    """This process's number; the first one, 0, writes the files."""
+    return _group.number
+
+
+def first() -> bool:
+    """Whether this process writes the files."""
+    return _group.number == 0
+
+
+def meet(seconds: float) -> None:
+    """Meet the other processes, once.
+
+    Args:
+        seconds: How long to wait for them, now and later.
+
+    Raises:
+        XgbloraError: They did not come, or the port is in use.
+    """
+    if _group.size == 1 or _group.store is not None:
+        return
+    import torch
+    from torch import distributed
+
+    limit = timedelta(seconds=seconds)
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    os.environ.update(_group.environment)
+    try:
+        store, *_ = next(iter(distributed.rendezvous("env://", timeout=limit)))
+        store = distributed.PrefixStore("xgblora", store)
+        distributed.init_process_group("gloo", store=store, rank=_group.number, world_size=_group.size, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise XgbloraError(f"{place} is in use: choose another port (torchrun --master_port)") from error
+        raise XgbloraError(
+            f"process {_group.number} of {_group.size} did not meet all others at {place} within {seconds:g} seconds "
+            f"(--ddp_timeout): start as many as WORLD_SIZE says ({one_line(error, 120)})"
+        ) from error
+    finally:
+        for name in _group.environment:
+            os.environ.pop(name, None)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_group.local % torch.cuda.device_count())
+    _group.store, _group.seconds = store, seconds
+
+
+def leave() -> None:
+    """Leave the others, at the end."""
+    if _group.store is not None:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+        _group.store = None
+    if _group.scratch is not None:
+        _group.scratch.cleanup()
+        _group.scratch = None
+
+
+def scratch() -> Path:
+    """A folder of this process's own, until it leaves: all but the first write there what nobody reads."""
+    if _group.scratch is None:
+        _group.scratch = TemporaryDirectory(prefix="xgblora-process-", ignore_cleanup_errors=True)
+    return Path(_group.scratch.name)
+
+
+def speaks() -> bool:
+    """Whether this process is to say why the run ended: the first that asks."""
+    if _group.store is None:
+        return first()
+    try:
+        told: int = _group.store.add("told", 1)
+    except RuntimeError:  # it went with the process that kept it
+        return True
+    return told == 1
+
+
+def mine(parts: int) -> range:
+    """Numbers of the parts, of so many, that this process computes.
+
+    Examples:
+        >>> list(mine(3))
+        [0, 1, 2]
+    """
+    return range(_group.number, parts, _group.size)
+
+
+def gather(
+    results: Sequence["Tensor"],
+    shapes: Sequence[Sequence[int]],
+    device: "torch.device | str" = "cpu",
+) -> list["Tensor"]:
+    """The results of all parts, in order, on every process.
+
+    Args:
+        results: float32, of the parts that are :func:`mine`, in order.
+        shapes: Of the results of all parts.
+        device: Where the results of others go.
+
+    Raises:
+        LostProcessError: Another process is gone.
+    """
+    if _group.size == 1:
+        return list(results)
+    import torch
+    from torch import distributed
+
+    lengths = [4 * _product(shape) for shape in shapes]
+    longest = max(sum(lengths[number :: _group.size]) for number in range(_group.size))
+    sent = torch.zeros(HEADER + longest, dtype=torch.uint8)
+    sent[0] = _group.signal
+    end = HEADER
+    for part, result in zip(mine(len(shapes)), results, strict=True):
+        if result.dtype != torch.float32 or tuple(result.shape) != tuple(shapes[part]):
+            raise ValueError(f"part {part} has {result.dtype} {tuple(result.shape)}, not float32 {tuple(shapes[part])}")
+        sent[end : end + lengths[part]] = result.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        end += lengths[part]
+    received = [torch.empty_like(sent) for _ in range(_group.size)]
+    with _talking():
+        distributed.all_gather(received, sent)
+    _group.stopping = max(int(block[0]) for block in received)
+    ends = [HEADER] * _group.size
+    every = []
+    for part, (shape, length) in enumerate(zip(shapes, lengths, strict=True)):
+        sender = part % _group.size
+        block = received[sender][ends[sender] : ends[sender] + length]
+        ends[sender] += length
+        every.append(block.view(torch.float32).view(tuple(shape)).to(device))
+    return every
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each process gives, by number: anything that can be pickled.
+
+    Raises:
+        LostProcessError: Another process is gone.
+    """
+    if _group.size == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * _group.size
+    with _talking():
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_parts(results: Sequence[T], parts: int) -> list[T]:
+    """As :func:`gather`, of anything that can be pickled.
+
+    Raises:
+        LostProcessError: Another process is gone.
+    """
+    of_each = gather_objects(list(results))
+    return [of_each[part % _group.size][part // _group.size] for part in range(parts)]
+
+
+def total(count: int) -> int:
+    """The sum of a count over the processes."""
+    return sum(gather_objects(count))
+
+
+def of_first(decide: Callable[[], T]) -> T:
+    """What the first process decides, on all; the others do not ask.
+
+    Raises:
+        LostProcessError: Another process is gone.
+    """
+    return gather_objects(decide() if first() else None)[0]  # type: ignore[return-value]
+
+
+def folder_of_first(folder: Path | None) -> Path | None:
+    """A folder that only the first process need have, without folders in it: itself there, elsewhere a copy.
+
+    Args:
+        folder: Of the first process, all others give None; None there, too: there is none.
+
+    Raises:
+        LostProcessError: Another process is gone.
+    """
+    if _group.size == 1:
+        return folder
+    sent = of_first(lambda: _contents(folder))
+    if first() or sent is None:
+        return folder
+    copy = scratch() / "copied" / sent[0]
+    copy.mkdir(parents=True, exist_ok=True)
+    for file in copy.iterdir():
+        file.unlink()
+    for name, content in sent[1].items():
+        (copy / name).write_bytes(content)
+    return copy
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Raise :class:`XgbloraError` where processes do not agree on a fact, naming it and the process."""
+    if _group.size == 1:
+        return
+    theirs = gather_objects(dict(facts))
+    for name, value in theirs[0].items():
+        for process, fact in enumerate(theirs):
+            if (other := fact.get(name)) != value:
+                raise XgbloraError(
+                    f"process {process} has another {name} than process 0 ({_short(other)}, not {_short(value)}): all "
+                    "must compute the same"
+                )
+
+
+def ask_to_stop(signal: int) -> None:
+    """A signal asks the run to stop: the others are told with what is exchanged next. 0: nothing asks."""
+    _group.signal = signal
+    if not signal:
+        _group.stopping = 0
+
+
+def stopping() -> int:
+    """The signal that asks the run to stop, as all processes know it now; 0 where there is none."""
+    return _group.signal if _group.size == 1 else _group.stopping
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's own words name a line of its source
+        why = f"silent for {_group.seconds:g} seconds" if "timed out" in str(error).lower() else "lost"
+        raise LostProcessError(f"another process of this run was {why}: {ANOTHER}") from error
+
+
+def _contents(folder: Path | None) -> tuple[str, dict[str, bytes]] | None:
+    """A folder's name, and its files."""
+    return None if folder is None else (folder.name, {file.name: file.read_bytes() for file in folder.iterdir()})
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
