@@ -331,7 +331,7 @@ BAD_FLAGS = [
     ("--auto_find_batch_size", "--auto_find_batch_size is not supported: a batch that does not fit stops the run"),
     ("--do_train false", "--do_train is not supported: --trainer none is the run that does not train"),
     ("--dispatch_batches true", "unknown argument '--dispatch_batches'"),
-    ("--accelerator-config x.json", "--accelerator_config is not supported: training runs in one process"),
+    ("--accelerator-config x.json", "--accelerator_config is not supported: processes share forwards in this package"),
     ("--train_sampling_strategy group_by_length", "--train_sampling_strategy must be random or sequential"),
     ("--recipe boost", "--max_steps counts steps: one step of --recipe boost is a booster (--boost_boosters)"),
     ("--trainer none --calibrated --gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1"),

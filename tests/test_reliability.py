@@ -54,8 +54,9 @@ def command(small: list[str]) -> Callable[[str, Path], list[str]]:
 
 
 def same_run(whole: Path, other: Path) -> None:
-    for name in FILES:
-        assert (whole / name).read_bytes() == (other / name).read_bytes(), name
+    for name in (*FILES, "replay.jsonl"):
+        if name in FILES or (whole / name).exists():
+            assert (whole / name).read_bytes() == (other / name).read_bytes(), name
     metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (whole, other)]
     for of_run in metrics:
         for name in ("seconds_per_step", "training_seconds", "peak_memory_mb"):
@@ -738,7 +739,7 @@ try:
     if {evaluating}:
         evaluate(model, rows * 4, batch_size=16000)
     train(Path({folder!r}), model, rows, max_steps=1, lora=True, zo_num_perturbations=1, trainer="regular",
-          per_device_train_batch_size=4000)
+          per_device_train_batch_size=4000, forward_tokens=10**9)
 except XgbloraError as error:
     print(error)
 """

@@ -19,17 +19,24 @@ from xgblora.runs.html_report import ReportConfig
 from xgblora.runs.judge import JudgeConfig
 from xgblora.runs.preview import PreviewConfig
 from xgblora.runs.push import PushConfig
+from xgblora.runs.replay import ReplayConfig
 from xgblora.runs.stages import StagesConfig
 from xgblora.serving.serve import ServeConfig
 
 KINDS: dict[str, type] = {
     **{"demo": DemoConfig, "tasks": PreviewConfig, "train": RunConfig, "compare": ExperimentConfig},
-    **{"boost": ExperimentConfig, "check": CheckConfig, "stages": StagesConfig, "export": ExportConfig},
+    **{
+        "boost": ExperimentConfig,
+        "check": CheckConfig,
+        "stages": StagesConfig,
+        "replay": ReplayConfig,
+        "export": ExportConfig,
+    },
     **{"predict": PredictConfig, "eval": JudgeConfig, "chat": ChatConfig, "push": PushConfig},
     **{"report": ReportConfig, "serve": ServeConfig},
 }
 """The flags of each verb that has some."""
-OF_RUNS = ("predict", "eval", "chat", "serve", "report", "stages", "export", "push")
+OF_RUNS = ("predict", "eval", "chat", "serve", "report", "stages", "replay", "export", "push")
 FILES = ("file", "task_file", "output", "result_file")
 FOLDERS = ("data_dir", "output_dir", "output_root", "init_adapter")
 

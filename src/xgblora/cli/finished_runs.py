@@ -11,6 +11,8 @@ from xgblora.runs.export import export as write_export
 from xgblora.runs.html_report import ReportConfig, report_of
 from xgblora.runs.push import PushConfig
 from xgblora.runs.push import push as upload
+from xgblora.runs.replay import ReplayConfig
+from xgblora.runs.replay import replay as take_steps_again
 from xgblora.runs.stages import StagesConfig
 from xgblora.runs.stages import stages as evaluate_stages
 
@@ -42,6 +44,17 @@ def report(verb: str, argv: list[str]) -> int:
     run, texts, config = parse_of_run(ReportConfig, verb, argv)
     _no_texts(texts)
     print(report_of(run, config))
+    return 0
+
+
+def replay(verb: str, argv: list[str]) -> int:
+    """The adapter after a step."""
+    set_up_output()
+    run, texts, config = parse_of_run(ReplayConfig, verb, argv)
+    _no_texts(texts)
+    replayed = take_steps_again(run, config)
+    print(replayed.sentence())
+    print(replayed.folder)
     return 0
 
 

@@ -41,6 +41,7 @@ VERBS = {
     "serve": Verb("Use a run", "a page to try a run, and a server for OpenAI's clients", "asking", "serve"),
     "report": Verb("Use a run", "a page with charts of a run, or of a comparison", "finished_runs", "report"),
     "stages": Verb("Use a run", "how good a run is with its first 0, 1, ... boosters", "finished_runs", "stages"),
+    "replay": Verb("Use a run", "the adapter after any step, from the log of losses alone", "finished_runs", "replay"),
     "export": Verb("Use a run", "a run for PEFT, as a whole model, or for llama.cpp", "finished_runs", "export"),
     "push": Verb("Use a run", "a run's adapter, with its model card, to the Hugging Face hub", "finished_runs", "push"),
     "completion": Verb("More", "the script that lets a shell complete all this", "completion", "completion"),

@@ -4,7 +4,7 @@ from xgblora.config.conditions import probed
 from xgblora.config.describe import banner, better, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag, is_size
 from xgblora.config.flags import UNSUPPORTED
-from xgblora.config.identity import changed, defaults, differences, without_idle_flags
+from xgblora.config.identity import changed, decisive, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows
 from xgblora.config.run_config import RunConfig
@@ -18,6 +18,7 @@ __all__ = [
     "banner",
     "better",
     "changed",
+    "decisive",
     "default_of",
     "defaults",
     "differences",

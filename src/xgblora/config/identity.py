@@ -24,6 +24,12 @@ def _decisive(settings: Mapping[str, Any]) -> set[str]:
     return {name for name, flag in FLAGS.items() if flag.identity and flag.idle(namespace) is None}
 
 
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings of a ``config.json`` that decide what its run computes."""
+    names = _decisive({**defaults(), **settings})
+    return {name: value for name, value in settings.items() if name in names}
+
+
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """How two runs differ, as ``name theirs -> ours``; empty where they compute the same.
 

@@ -55,6 +55,8 @@ class Estimate:
     cost: Cost
     projected: Tensor | None = None
     """Every projected gradient g, in order; None for backpropagation."""
+    losses: Tensor | None = None
+    """(2 n,) for each two-sided evaluation in turn, float32: all of the estimate that forwards had to say."""
 
 
 Estimator = Callable[[Adapters, Loss, Batch, Key, float], Estimate]
@@ -86,7 +88,13 @@ class TwoSided:
     def __call__(self, adapters: Adapters, loss: Loss, batch: Batch, key: Key, share: float = 1.0) -> Estimate:
         """Estimate the gradient of the mean loss of ``batch``, without a backward pass."""
         before = loss.tokens
-        losses = losses_along(adapters, loss, batch, self.prefix, most=self.forward_tokens)
+        evaluate = losses_along(adapters, loss, batch, self.prefix, most=self.forward_tokens)
+        evaluated: list[Tensor] = []
+
+        def losses(z: Tensor, probes: Tensor) -> Tensor:
+            evaluated.append(evaluate(z, probes))
+            return evaluated[-1]
+
         device = batch.input_ids.device
         draws = [
             generator(key.seed, Stream.DIRECTION, key.step, key.micro_batch, number)
@@ -97,7 +105,8 @@ class TwoSided:
         tokens = total(loss.tokens - before) if loss.writes else passes * batch.tokens
         if device.type == "cpu":
             return_freed_memory()  # a loss may have forwards of its own, which leave holes, too
-        return Estimate(mean.item(), gradient * share, Cost(passes, passes * batch.segments, tokens), projected)
+        cost = Cost(passes, passes * batch.segments, tokens)
+        return Estimate(mean.item(), gradient * share, cost, projected, torch.cat(evaluated))
 
     def estimate(
         self,

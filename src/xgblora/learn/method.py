@@ -28,6 +28,8 @@ class Step:
     """Whether all numbers are; if not, nothing was changed."""
     projected: Tensor | None = None
     """Every projected gradient, of a zeroth-order step."""
+    losses: Tensor | None = None
+    """What forwards said, where the step follows from it and from the seed (:class:`Estimate`)."""
 
 
 class Method(ABC):

@@ -40,7 +40,7 @@ class GradientMethod(Method):
         finite = math.isfinite(estimate.loss) and bool(torch.isfinite(estimate.gradient).all())
         if finite:
             self.adapters.accumulate_gradient(estimate.gradient)
-        return Step(estimate.loss, estimate.cost, finite, estimate.projected)
+        return Step(estimate.loss, estimate.cost, finite, estimate.projected, estimate.losses)
 
     def without_gradients(self) -> AbstractContextManager[None]:
         if self.config.trainer != "zo":

@@ -16,12 +16,12 @@ from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.tasks import Chat, Task, data_files, get_task, load_task
 from xgblora.training.checkpoints import FILES, checkpoints
 from xgblora.training.interruption import LOCK
-from xgblora.training.record import EVAL_LOSS, TRAINING_LOSS
+from xgblora.training.record import EVAL_LOSS, REPLAY, TRAINING_LOSS
 
 CONFIG = "config.json"
 ADAPTER = "adapter"
 STATE = "trainer_state.json"
-WRITTEN = (METRICS, REPORT, ANSWERS, ENVIRONMENT, TRAINING_LOSS, EVAL_LOSS, STATE, RUN_YAML, CONFIG)
+WRITTEN = (METRICS, REPORT, ANSWERS, ENVIRONMENT, TRAINING_LOSS, EVAL_LOSS, REPLAY, STATE, RUN_YAML, CONFIG)
 """The files of a run, beside its adapter and its checkpoints."""
 DIGESTS = "sha256"
 """The entry of ``config.json`` with the digests of the files that a run reads."""

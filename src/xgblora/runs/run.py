@@ -37,7 +37,7 @@ from xgblora.runs.workspace import Scores, Workspace
 from xgblora.tasks import Chat, Task, load_task, task_text
 from xgblora.training.checkpoints import last_checkpoint
 from xgblora.training.interruption import StopAtSignal, alone_in
-from xgblora.training.record import EVAL_LOSS, CurveRecorder, PeakMemory
+from xgblora.training.record import EVAL_LOSS, REPLAY, CurveRecorder, PeakMemory, read_jsonl
 from xgblora.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -279,6 +279,8 @@ def _train(
     peak = memory.read()
     if (folder / EVAL_LOSS).stat().st_size == 0:
         (folder / EVAL_LOSS).unlink()  # nothing was evaluated on the way
+    if len(read_jsonl(folder / REPLAY)) == 1:
+        (folder / REPLAY).unlink()  # no step of this method follows from its losses alone
     trainer.save_adapters(folder / ADAPTER)
     write_atomically(folder / STATE, lambda file: trainer.state.save_to_json(str(file)))
     merges = [booster.step for booster in ledger.boosters if booster.step]  # 0: what the run started from

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from xgblora.adapters.boosters import Ledger
@@ -20,6 +21,8 @@ from xgblora.files import write_atomically
 
 TRAINING_LOSS = "training_loss.jsonl"
 EVAL_LOSS = "eval_loss.jsonl"
+REPLAY = "replay.jsonl"
+"""What forwards said in every step of a zeroth-order run: with the seed, its adapter follows from that."""
 LOGGED = (
     "learning_rate",
     "projected_gradient_mean",
@@ -44,10 +47,18 @@ class CurveRecorder(TrainerCallback):
 
     def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A resumed run takes up its curves at the checkpoint: no step may stand in a file twice.
-        for name in (TRAINING_LOSS, EVAL_LOSS):
+        for name in (TRAINING_LOSS, EVAL_LOSS, REPLAY):
             path = self.folder / name
             kept = [line for line in read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
+            if name == REPLAY and not state.global_step:
+                kept = [{"step": 0, "rows": len(kwargs["train_dataloader"].dataset)}]
             write_atomically(path, partial(_write_lines, kept))
+
+    def on_losses(self, step: int, tokens: int, losses: Tensor) -> None:
+        """Add what forwards said in a micro-batch of ``step``, (places,) float32, and the tokens that it took."""
+        shortest = [float(str(value)) for value in losses.cpu().numpy()]  # float32 to the last bit in few digits
+        with (self.folder / REPLAY).open("a", encoding="utf-8", newline="\n") as file:
+            file.write(_line({"step": step, "tokens": tokens, "losses": shortest}))
 
     def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._started = time.perf_counter()

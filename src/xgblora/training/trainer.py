@@ -176,6 +176,8 @@ class Trainer(hf.HookedTrainer):
             step = self.method.step(batch, key, share=1 / micro_batches)
             if not step.finite:
                 self._skip_step(batch, step.loss)
+        if step.losses is not None and (recorder := self._recorder) is not None:
+            recorder.on_losses(self.state.global_step + 1, step.cost.tokens, step.losses)
         if meter.bad:
             self.adapters.drop_gradient()
         meter.add(step, micro_batches)
