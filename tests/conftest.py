@@ -44,6 +44,17 @@ precision.bfloat16_is_faster = lambda on_gpu=False: False  # float32, so that nu
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+LONG = frozenset((Path(__file__).parent / "long.txt").read_text(encoding="utf-8").splitlines())
+"""Tests of more than ten seconds whose shorter relatives say most of what they do: `make soak` runs them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in LONG:
+            item.add_marker(pytest.mark.soak)
+
+
 Run = Callable[..., tuple[int, str, str]]
 VOCABULARY = 300
 _SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

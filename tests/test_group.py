@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import OPTForCausalLM
 
-from conftest import byte_tokenizer
+from conftest import Run, byte_tokenizer
 from processes import EVERY_STEP, finish, finish_together, free_port, place, start, start_together
 from test_reliability import same_run
 from xgblora.training.checkpoints import last_checkpoint
@@ -178,3 +178,28 @@ def test_torchrun_itself(small: list[str], tmp_path: Path) -> None:
     subprocess.run([*command, *flags, str(tmp_path / "two")], check=True, capture_output=True, timeout=120)
     finish([*flags, str(tmp_path / "one")], tmp_path / "one.txt")
     same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_all_verbs_that_processes_share_say_what_one_says(
+    small: list[str], data_folder: Path, run: Run, tmp_path: Path
+) -> None:
+    pace = "--xgblora --xgblora_steps_per_iteration 3 --max_steps 6 --eval_steps 3 --save_strategy no"
+    argv = ["compare", *pace.split(), *small, "--seeds", "0", "1", "--output_root"]
+    for name, finish_it in (("one", finish), ("two", lambda *command: finish_together(*command, 2))):
+        finish_it([*argv, str(tmp_path / name)], tmp_path / f"{name}.txt")
+    assert (tmp_path / "one" / "summary.json").read_bytes() == (tmp_path / "two" / "summary.json").read_bytes()
+    assert len(list((tmp_path / "two").iterdir())) == len(list((tmp_path / "one").iterdir()))
+    folder, rows = tmp_path / "two" / "xgblora_seed0", str(data_folder / "validation.jsonl")
+    asked = ["predict", str(folder), "--file", rows, "--use_cpu", "--batch_size", "4", "--output"]
+    finish([*asked, str(tmp_path / "one.csv")], tmp_path / "log.txt")
+    finish_together([*asked, str(tmp_path / "two.csv")], tmp_path / "log.txt", 2)
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    for verb in (["eval", str(folder), "--file", rows, "--format", "json"], ["stages", str(folder)]):
+        logs = [tmp_path / f"{verb[0]} of {size}.txt" for size in (1, 2)]
+        finish(verb, logs[0])
+        finish_together(verb, logs[1], 2)
+        assert logs[0].read_text(encoding="utf-8") == logs[1].read_text(encoding="utf-8")
+    code, _, err = run("predict", folder, "a film")
+    assert code == 0, err
+    log = tmp_path / "texts.txt"
+    assert "share a --file" in refused(["predict", str(folder), "a film"], log, [place(n, 2, 1) for n in range(2)])

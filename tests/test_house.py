@@ -18,6 +18,7 @@ import pytest
 from transformers import TrainingArguments
 
 import xgblora
+from conftest import LONG
 from xgblora import RunConfig, XgbloraError, hf
 from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
 from xgblora.config.transformers_flags import ALLOWED, REFUSED
@@ -153,3 +154,9 @@ def test_what_is_public_is_explained() -> None:
         if inspect.isfunction(thing) and inspect.signature(thing).parameters:
             assert "Args:" in text, name
             assert "Example" in text, name
+
+
+def test_long_tests_are_there() -> None:
+    for name in LONG:
+        file, _, test = name.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name

@@ -25,6 +25,9 @@ T = TypeVar("T")
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Variables by which torchrun tells a process its place. Hidden from accelerate, which would share out rows by them."""
 
+PATIENCE = 600.0
+"""Seconds that others are waited for, where no flag says so."""
+
 HEADER = 4
 """Bytes in front of what is exchanged: the signal that asks the run to stop, or 0."""
 
@@ -97,7 +100,7 @@ def first() -> bool:
     return _group.number == 0
 
 
-def meet(seconds: float) -> None:
+def meet(seconds: float = PATIENCE) -> None:
     """Meet the other processes, once.
 
     Args:
@@ -190,6 +193,7 @@ def gather(
     """
     if _group.size == 1:
         return list(results)
+    meet()
     import torch
     from torch import distributed
 
@@ -231,6 +235,7 @@ def gather_objects(value: T) -> list[T]:
     """
     if _group.size == 1:
         return [value]
+    meet()
     from torch import distributed
 
     values: list[Any] = [None] * _group.size

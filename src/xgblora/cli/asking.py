@@ -1,6 +1,7 @@
 """The verbs that ask the model of a finished run: predictions, how right they are, a conversation, a server."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal, TextIO
 
 from rich.table import Table
 
+from xgblora import group
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse_of_run
 from xgblora.cli.rows import rows_of
@@ -47,12 +49,15 @@ def predict(verb: str, argv: list[str]) -> int:
     folder, texts, config = parse_of_run(PredictConfig, verb, argv)
     if config.output:
         require_writable(Path(config.output))
+    if group.size() > 1 and config.file is None:
+        raise XgbloraError("several processes share a --file: texts and stdin come to one process")
+    group.meet()
     run = read_finished(folder)
     rows = rows_of(run.task, texts, config.file)
 
     def write(stream: TextIO) -> None:
         writer = WRITERS[str(config.format)](stream, run.task)
-        what = None if stream is sys.stdout else "predicting"
+        what = "predicting" if config.output and group.first() else None
         with open_finished(run, config) as predictor, Progress(rows.count, what) as progress:
             for chunk in rows.chunks:
                 for row, prediction in zip(chunk, predictor.predictions(chunk), strict=True):
@@ -60,7 +65,9 @@ def predict(verb: str, argv: list[str]) -> int:
                 writer.flush()
                 progress.add(len(chunk))
 
-    if config.output is None:
+    if not group.first():
+        _in_file(Path(os.devnull), write)
+    elif config.output is None:
         write(sys.stdout)
     else:
         write_atomically(Path(config.output), lambda path: _in_file(path, write))
@@ -74,10 +81,13 @@ def evaluate(verb: str, argv: list[str]) -> int:
     folder, texts, config = parse_of_run(JudgeConfig, verb, argv)
     if texts:
         raise XgbloraError(f"unknown argument {texts[0]!r}: labelled rows are in a --file")
+    group.meet()
     run = read_finished(folder)
     rows = rows_to_judge(run, config.file)
     with open_finished(run, config) as predictor:
-        judgement = judge(run, predictor, rows, progress=True)
+        judgement = judge(run, predictor, rows, progress=group.first())
+    if not group.first():
+        return 0
     if config.format == "json":
         print(json.dumps(judgement.as_json(), indent=2, ensure_ascii=False))
     else:

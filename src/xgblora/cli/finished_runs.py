@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from xgblora import group
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse_of_run
 from xgblora.errors import XgbloraError
@@ -23,6 +24,8 @@ def stages(verb: str, argv: list[str]) -> int:
     run, texts, config = parse_of_run(StagesConfig, verb, argv)
     _no_texts(texts)
     scored, files = evaluate_stages(run, config)
+    if not group.first():
+        return 0
     table = Table(title=f"{run}: the first boosters alone")
     for column in ("boosters", "test accuracy %", "95 %", "test loss", "dev accuracy %", "dev loss"):
         table.add_column(column, justify="right")

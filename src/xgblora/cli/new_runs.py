@@ -69,7 +69,10 @@ def _experiment(verb: str, argv: list[str], methods: Callable[[ExperimentConfig]
         config.methods = methods(config)
     _note_changes(file, config)
     if not dry:
-        _show(experiment(config, verb))
+        result = experiment(config, verb)
+        if not group.first():
+            return 0
+        _show(result)
         _say_better(arms(config))
         return 0
     runs = arms(config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xgblora import group
 from xgblora.config import RunConfig, flag
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
@@ -142,15 +143,15 @@ def experiment(config: ExperimentConfig, verb: str = "compare") -> Result:
         verb: The command that ``run.yaml`` names.
 
     Returns:
-        The finished runs, and the files that show them.
+        The finished runs, and the files that show them; nothing on all but the first of several processes.
 
     Raises:
         XgbloraError: As :func:`run` does; and in front of an unfinished comparison without ``skip_completed`` or
             ``overwrite_output_dir``.
     """
     runs = arms(config)
-    finished = [finished_result(configured) is not None for configured in runs]
-    begun = [(folder_of(configured) / CONFIG).is_file() for configured in runs]
+    group.meet(config.ddp_timeout)
+    finished, begun = group.of_first(lambda: ([*map(_is_finished, runs)], [*map(_is_begun, runs)]))
     if all(finished):
         logger.info(
             "All %d runs of %s are complete (--overwrite_output_dir trains again)", len(runs), config.output_root
@@ -160,12 +161,24 @@ def experiment(config: ExperimentConfig, verb: str = "compare") -> Result:
             f"{config.output_root} holds an unfinished comparison ({sum(finished)} of {len(runs)} runs complete): "
             "go on with --skip_completed or start again with --overwrite_output_dir"
         )
+    if not group.first():  # it shares the runs, and writes nothing
+        if not all(finished):
+            _carry_out(config, runs)
+        return Result([], [])
     root = Path(str(config.output_root))
     with alone_in(root):
         if not all(finished):
             write_run_yaml(root, verb, config, contents(config))
             _carry_out(config, runs)
         return report(config, [folder_of(configured) for configured in runs])
+
+
+def _is_finished(configured: RunConfig) -> bool:
+    return finished_result(configured) is not None
+
+
+def _is_begun(configured: RunConfig) -> bool:
+    return (folder_of(configured) / CONFIG).is_file()
 
 
 def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
@@ -183,7 +196,8 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
     workspace = None
     # Rows are shared by all arms: an arm that trains says how many.
     trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
-    left = [configured for configured in runs if finished_result(configured) is None]
+    finished = group.of_first(lambda: [*map(_is_finished, runs)])
+    left = [configured for configured, done in zip(runs, finished, strict=True) if not done]
     begun = time.monotonic()
     for number, configured in enumerate(left):
         if workspace is None:
@@ -200,7 +214,7 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
         try:
             result = run(configured, workspace)
         except XgbloraError:
-            if not any((folder_of(arm) / CONFIG).is_file() for arm in runs):  # nothing was begun, so nothing stays
+            if group.first() and not any(map(_is_begun, runs)):  # nothing was begun, so nothing stays
                 (Path(str(config.output_root)) / RUN_YAML).unlink(missing_ok=True)
             raise
         logger.info("%s", short(result))

@@ -6,13 +6,15 @@ from typing import Any
 
 from xgblora.adapters.boosters import Ledger, load_adapters
 from xgblora.adapters.files import LEDGER, TASK
+from xgblora.adapters.plain_peft import WEIGHTS
 from xgblora.base import Base
 from xgblora.base.load import load_configured
 from xgblora.config import RunConfig, flag, is_size, of_settings
 from xgblora.errors import XgbloraError, naming
-from xgblora.files import read_json, verify
+from xgblora.files import digest, read_json, verify
 from xgblora.learn.predictor import Predictor
 from xgblora.runs.folder import CONFIG, adapter_of, base_name, task_of
+from xgblora.runs.sharing import require_same_inputs
 from xgblora.tasks import Chat, Task, load_task
 
 LONGEST = 2048
@@ -141,6 +143,7 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
     )
     model, tokenizer = load_configured(settings)
     base = Base(model.to(settings.device))
+    require_same_inputs({"adapter": digest(run.adapter / WEIGHTS)}, base.fingerprint())
     ledger = load_adapters(base, run.adapter)
     if config.boosters is not None:
         ledger.truncate(config.boosters)

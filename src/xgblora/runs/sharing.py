@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def of_this_process(config: RunConfig) -> RunConfig:
         )
         return config
     other = copy.copy(config)
-    other.output_dir, other.result_file = str(group.scratch() / "run"), None
+    other.output_dir, other.result_file = str(Path(mkdtemp(dir=group.scratch())) / "run"), None
     other.disable_tqdm, other.report_to = True, []
     return other
 

@@ -3,12 +3,15 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from xgblora import group
 from xgblora.adapters.boosters import load_adapters
+from xgblora.adapters.plain_peft import WEIGHTS
 from xgblora.config import RunConfig, flag, of_settings
-from xgblora.files import read_json, write_json
+from xgblora.files import digest, read_json, write_json
 from xgblora.learn.evaluate import evaluate_stages
 from xgblora.report import draw_stages
 from xgblora.runs.folder import ADAPTER, CONFIG, require_finished
+from xgblora.runs.sharing import require_same_inputs
 from xgblora.runs.workspace import Workspace
 
 STAGES = "stages.json"
@@ -48,7 +51,7 @@ def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
         asked: What does not follow from the run.
 
     Returns:
-        The stages and the files.
+        The stages and the files, which the first of several processes writes.
 
     Raises:
         XgbloraError: The folder holds no finished run.
@@ -57,7 +60,10 @@ def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
     settings = read_json(run / CONFIG)
     rows_and_model = {name: settings[name] for name in WORKSPACE}
     config = RunConfig(output_dir=str(run), dtype=of_settings(settings), **vars(asked), **rows_and_model)
+    group.meet(config.ddp_timeout)
     workspace = Workspace(config)
+    adapter = {"adapter": digest(run / ADAPTER / WEIGHTS)}
+    require_same_inputs(workspace.contents(config) | adapter, workspace.base.fingerprint())
     adapters = load_adapters(workspace.base, run / ADAPTER).adapters
     scored = {}
     for name, rows in ((workspace.eval_split, workspace.eval), ("dev", workspace.dev)):
@@ -70,6 +76,8 @@ def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
         dev = scored["dev"][count] if "dev" in scored else None
         chosen_by = (dev.accuracy, dev.loss) if dev else (None, None)
         table.append(Stage(count, len(workspace.eval), test.accuracy, test.loss, *chosen_by))
+    if not group.first():
+        return table, []
     write_json(run / STAGES, [asdict(stage) for stage in table])
     figure = run / "stages.png"
     draw_stages(
