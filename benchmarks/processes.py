@@ -183,6 +183,7 @@ def carry(tuns: list[int], stopped: threading.Event, carried: dict[str, int]) ->
 def over_network(folder: Path, batch: int) -> None:
     """A run of two processes with a bad network between them leaves the bytes of one process."""
     flags = f"--max_steps 40 --dtype float32 --per_device_train_batch_size {batch} --xgblora_steps_per_iteration 10"
+    flags += " --forward_tokens 256"  # several parts
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *command(folder / "one", flags)], env=environment, check=True, capture_output=True)
     context = multiprocessing.get_context("fork")

@@ -166,20 +166,41 @@ def speaks() -> bool:
     return told == 1
 
 
-def mine(parts: int) -> range:
-    """Numbers of the parts, of so many, that this process computes.
+def owners(parts: int | Sequence[int]) -> list[int]:
+    """Which process computes each part.
+
+    Args:
+        parts: How many there are, which are taken in turn; or how much work each of them is: the largest are given away
+            first, always to the process that has least.
 
     Examples:
-        >>> list(mine(3))
+        >>> owners([5, 3])
+        [0, 0]
+    """
+    if isinstance(parts, int):
+        return [part % _group.size for part in range(parts)]
+    owner, loads = [0] * len(parts), [0] * _group.size
+    for part in sorted(range(len(parts)), key=lambda part: -parts[part]):
+        owner[part] = loads.index(min(loads))
+        loads[owner[part]] += parts[part]
+    return owner
+
+
+def mine(parts: int | Sequence[int]) -> list[int]:
+    """Numbers of the parts that this process computes, by :func:`owners`.
+
+    Examples:
+        >>> mine(3)
         [0, 1, 2]
     """
-    return range(_group.number, parts, _group.size)
+    return [part for part, owner in enumerate(owners(parts)) if owner == _group.number]
 
 
 def gather(
     results: Sequence["Tensor"],
     shapes: Sequence[Sequence[int]],
     device: "torch.device | str" = "cpu",
+    work: Sequence[int] | None = None,
 ) -> list["Tensor"]:
     """The results of all parts, in order, on every process.
 
@@ -187,6 +208,7 @@ def gather(
         results: float32, of the parts that are :func:`mine`, in order.
         shapes: Of the results of all parts.
         device: Where the results of others go.
+        work: How much each part was, where parts were shared out by that.
 
     Raises:
         LostProcessError: Another process is gone.
@@ -197,12 +219,17 @@ def gather(
     import torch
     from torch import distributed
 
+    parts = len(shapes) if work is None else work
+    owner = owners(parts)
     lengths = [4 * _product(shape) for shape in shapes]
-    longest = max(sum(lengths[number :: _group.size]) for number in range(_group.size))
+    longest = max(
+        sum(length for length, process in zip(lengths, owner, strict=True) if process == number)
+        for number in range(_group.size)
+    )
     sent = torch.zeros(HEADER + longest, dtype=torch.uint8)
     sent[0] = _group.signal
     end = HEADER
-    for part, result in zip(mine(len(shapes)), results, strict=True):
+    for part, result in zip(mine(parts), results, strict=True):
         if result.dtype != torch.float32 or tuple(result.shape) != tuple(shapes[part]):
             raise ValueError(f"part {part} has {result.dtype} {tuple(result.shape)}, not float32 {tuple(shapes[part])}")
         sent[end : end + lengths[part]] = result.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -219,10 +246,9 @@ def gather(
     _group.stopping = max(int(block[0]) for block in received)
     ends = [HEADER] * _group.size
     every = []
-    for part, (shape, length) in enumerate(zip(shapes, lengths, strict=True)):
-        sender = part % _group.size
-        block = received[sender][ends[sender] : ends[sender] + length]
-        ends[sender] += length
+    for process, shape, length in zip(owner, shapes, lengths, strict=True):
+        block = received[process][ends[process] : ends[process] + length]
+        ends[process] += length
         every.append(block.view(torch.float32).view(tuple(shape)).to(device))
     return every
 

@@ -166,12 +166,12 @@ class Backprop:
             of_parts = [self._of_part(adapters, loss, batch, share)]
         else:
             split = [part for _, part in split_batch(batch, 1, self.forward_tokens)]
-            numbers, shape = mine(len(split)), (1 + adapters.size,)
+            work, shape = [part.tokens for part in split], (1 + adapters.size,)
             shares = [share * part.segments / batch.segments for part in split]
             with adapters.base.skipping(self.prefix, adapters.lowest_layer):
                 adapters.base.share_below(split)
-            of_mine = [self._of_part(adapters, loss, split[number], shares[number]) for number in numbers]
-            of_parts = gather(of_mine, [shape] * len(split), batch.input_ids.device)
+            of_mine = [self._of_part(adapters, loss, split[number], shares[number]) for number in mine(work)]
+            of_parts = gather(of_mine, [shape] * len(split), batch.input_ids.device, work)
         whole = of_parts[0]
         for of_part in of_parts[1:]:
             whole = whole + of_part
@@ -201,7 +201,8 @@ def losses_along(
     Processes that share the run forward a part each.
     """
     split = split_batch(batch, places, most)
-    parts = [(examples, part.repeat(places).filled()) for examples, part in map(split.__getitem__, mine(len(split)))]
+    work = [part.tokens for _, part in split]
+    parts = [(examples, part.repeat(places).filled()) for examples, part in map(split.__getitem__, mine(work))]
 
     def losses(z: Tensor, probes: Tensor) -> Tensor:
         probed, of_mine = [], []
@@ -214,7 +215,8 @@ def losses_along(
                 with adapters.probing(*probed) as turn:
                     of_parts = loss.all_losses(adapters.base, [part for _, part in parts], turn)
                     of_mine = [of_part.float().view(places, -1) for of_part in of_parts]
-        of_all = gather(of_mine, [(places, examples.stop - examples.start) for examples, _ in split], z.device)
+        shapes = [(places, part.segments) for _, part in split]
+        of_all = gather(of_mine, shapes, z.device, work)
         return torch.cat(of_all, 1).flatten()
 
     return losses
