@@ -33,6 +33,8 @@ from typing import Any
 TASK = "--task_name RottenTomatoes --num_train 400 --num_dev 0 --num_eval 32 --use_cpu true --disable_tqdm true"
 RUN = f"{TASK} --xgblora --save_strategy no --logging_steps 1 --zo_eps 1e-2 --learning_rate 1e-2"
 DELAY, LOSS = 0.050, 0.01
+STEPS, WARM = 26, 2
+"""Of the timing: all, and those that are not counted."""
 NEW_NETWORK = 0x40000000
 TUNSETIFF, TUN_WITHOUT_INFO = 0x400454CA, 0x1001
 
@@ -42,15 +44,20 @@ def command(folder: Path, flags: str) -> list[str]:
     return ["-m", "xgblora", "train", *RUN.split(), *flags.split(), "--output_dir", str(folder)]
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 def together(processes: int, arguments: list[str]) -> None:
     """Carry out a module in so many processes, of one thread each, placed as torchrun places them.
 
     Without torchrun itself, whose agent talks, too.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     place["WORLD_SIZE"] = str(processes)
     started = [
         subprocess.Popen(
@@ -112,30 +119,64 @@ def count_bytes(folder: Path, processes: int, batch: int) -> None:
     print(f"an all-reduce of the gradient instead: {reduced:,.0f} bytes ({reduced / shared:,.0f} times as many)")
 
 
-def measure_time(folder: Path, batch: int, dtype: str, rounds: int) -> None:
-    """What two processes need for a batch, beside what one needs for half of it, with the same cores each."""
-    ratios: dict[str, list[float]] = {"alone": [], "beside another": []}
-    for turn in range(rounds):
-        flags = f"--max_steps 8 --dtype {dtype} --per_device_train_batch_size"
-        together(2, command(folder / f"two {turn}", f"{flags} {batch}"))
-        two = seconds_per_step(folder / f"two {turn}")
-        names = {"alone": 1, "beside another": 2}
-        for name, runs in names.items():
-            started = [
-                subprocess.Popen(
-                    [sys.executable, *command(folder / f"{name} {turn} {number}", f"{flags} {batch // 2}")],
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.DEVNULL,
-                )
-                for number in range(runs)
-            ]
-            if sum(process.wait() != 0 for process in started):
-                raise SystemExit("half the batch failed")
-            half = statistics.mean(seconds_per_step(folder / f"{name} {turn} {number}") for number in range(runs))
-            ratios[name].append(two / half)
-            print(f"round {turn + 1}: 2 processes {two:.2f} s, half the batch {name} {half:.2f} s", flush=True)
+def contender(place: dict[str, str], half: int | None, batch: int, dtype: str, pipe: Any) -> None:
+    """Take a zeroth-order step of a batch whenever told to: one's share of it, or a half of it alone."""
+    os.environ.update(place)
+    import torch
+
+    import xgblora
+    from xgblora.learn.estimators import Key, TwoSided
+
+    torch.set_num_threads(1)
+    xgblora.join()
+    model, tokenizer = xgblora.load_model("SmolLM2-135M-Instruct", getattr(torch, dtype))
+    task = xgblora.get_task("RottenTomatoes")
+    rows = xgblora.encode(
+        task, xgblora.sample(xgblora.load_splits(task), num_train=batch * STEPS).train, tokenizer, 2048
+    )
+    adapters, estimate, loss = xgblora.attach(model, 1, 16, xgblora=True), TwoSided(1e-2), xgblora.OptionLoss()
+    with adapters.base.without_gradients():
+        for step in range(STEPS):
+            chosen = rows[step * batch : (step + 1) * batch]
+            if half is not None:
+                chosen = chosen[half * batch // 2 : (half + 1) * batch // 2]
+            examples = adapters.base.batch(chosen)
+            pipe.recv()
+            begun = time.perf_counter()
+            estimate(adapters, loss, examples, Key(0, step))
+            pipe.send(time.perf_counter() - begun)
+
+
+def measure_time(batch: int, dtype: str) -> None:
+    """What two processes need for a step, beside what each half of its batch takes alone, on one core each.
+
+    Steps of both pairs alternate, so that drift of the machine hits them alike. Halves run at once, too, and each is
+    timed by itself: a shared step has to wait for the slower one.
+    """
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    pipes: dict[str, list[Any]] = {"shared": [], "alone": []}
+    for number in range(2):
+        place = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, arguments in (("shared", (place, None)), ("alone", ({}, number))):
+            here, there = context.Pipe()
+            context.Process(target=contender, args=(*arguments, batch, dtype, there), daemon=True).start()
+            pipes[name].append(here)
+    ratios: dict[str, list[float]] = {"the mean half": [], "the slower half": []}
+    for step in range(STEPS):
+        times: dict[str, list[float]] = {}
+        for name in ("shared", "alone") if step % 2 else ("alone", "shared"):
+            for pipe in pipes[name]:
+                pipe.send("go")
+            times[name] = [pipe.recv() for pipe in pipes[name]]
+        if step >= WARM:
+            ratios["the mean half"].append(max(times["shared"]) / statistics.mean(times["alone"]))
+            ratios["the slower half"].append(max(times["shared"]) / max(times["alone"]))
+        print(f"step {step + 1}: shared {max(times['shared']):.2f} s, halves {times['alone']}", flush=True)
     for name, values in ratios.items():
-        print(f"2 processes / half the batch {name}: {statistics.median(values):.3f} of {[f'{v:.3f}' for v in values]}")
+        low, _, high = statistics.quantiles(values, n=4)
+        print(
+            f"shared / {name}: {statistics.median(values):.3f} (quartiles {low:.3f} to {high:.3f}, {len(values)} steps)"
+        )
 
 
 def open_tun(address: str) -> int:
@@ -225,14 +266,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if given.what == "bytes":
             count_bytes(folder, given.processes, given.batch)
         elif given.what == "time":
-            measure_time(folder, given.batch, given.dtype, given.rounds)
+            measure_time(given.batch, given.dtype)
         else:
             over_network(folder, given.batch)
 
