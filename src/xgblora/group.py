@@ -6,12 +6,10 @@ what a run computes does not depend on how many processes share it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xgblora.errors import XgbloraError, one_line
@@ -48,7 +46,8 @@ class _Group:
     """That this process received, and has yet to tell."""
     stopping: int = 0
     """The signal that all know of."""
-    scratch: "TemporaryDirectory[str] | None" = None
+    leaving: ExitStack = field(default_factory=ExitStack)
+    """What is to be undone at the end."""
 
 
 _group = _Group()
@@ -143,16 +142,12 @@ def leave() -> None:
 
         distributed.destroy_process_group()
         _group.store = None
-    if _group.scratch is not None:
-        _group.scratch.cleanup()
-        _group.scratch = None
+    _group.leaving.close()
 
 
-def scratch() -> Path:
-    """A folder of this process's own, until it leaves: all but the first write there what nobody reads."""
-    if _group.scratch is None:
-        _group.scratch = TemporaryDirectory(prefix="xgblora-process-", ignore_cleanup_errors=True)
-    return Path(_group.scratch.name)
+def at_leaving(undo: Callable[[], object]) -> None:
+    """Let something be undone when this process leaves."""
+    _group.leaving.callback(undo)
 
 
 def speaks() -> bool:
@@ -285,52 +280,6 @@ def total(count: int) -> int:
     return sum(gather_objects(count))
 
 
-def of_first(decide: Callable[[], T]) -> T:
-    """What the first process decides, on all; the others do not ask.
-
-    Raises:
-        LostProcessError: Another process is gone.
-    """
-    return gather_objects(decide() if first() else None)[0]  # type: ignore[return-value]
-
-
-def folder_of_first(folder: Path | None) -> Path | None:
-    """A folder that only the first process need have, without folders in it: itself there, elsewhere a copy.
-
-    Args:
-        folder: Of the first process, all others give None; None there, too: there is none.
-
-    Raises:
-        LostProcessError: Another process is gone.
-    """
-    if _group.size == 1:
-        return folder
-    sent = of_first(lambda: _contents(folder))
-    if first() or sent is None:
-        return folder
-    copy = scratch() / "copied" / sent[0]
-    copy.mkdir(parents=True, exist_ok=True)
-    for file in copy.iterdir():
-        file.unlink()
-    for name, content in sent[1].items():
-        (copy / name).write_bytes(content)
-    return copy
-
-
-def require_same(facts: Mapping[str, Any]) -> None:
-    """Raise :class:`XgbloraError` where processes do not agree on a fact, naming it and the process."""
-    if _group.size == 1:
-        return
-    theirs = gather_objects(dict(facts))
-    for name, value in theirs[0].items():
-        for process, fact in enumerate(theirs):
-            if (other := fact.get(name)) != value:
-                raise XgbloraError(
-                    f"process {process} has another {name} than process 0 ({_short(other)}, not {_short(value)}): all "
-                    "must compute the same"
-                )
-
-
 def ask_to_stop(signal: int) -> None:
     """A signal asks the run to stop: the others are told with what is exchanged next. 0: nothing asks."""
     _group.signal = signal
@@ -352,18 +301,8 @@ def _talking() -> Iterator[None]:
         raise LostProcessError(f"another process of this run was {why}: {ANOTHER}") from error
 
 
-def _contents(folder: Path | None) -> tuple[str, dict[str, bytes]] | None:
-    """A folder's name, and its files."""
-    return None if folder is None else (folder.name, {file.name: file.read_bytes() for file in folder.iterdir()})
-
-
 def _product(shape: Sequence[int]) -> int:
     product = 1
     for length in shape:
         product *= length
     return product
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xgblora import group
+from xgblora import agreement, group
 from xgblora.config import RunConfig, flag
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
@@ -151,7 +151,7 @@ def experiment(config: ExperimentConfig, verb: str = "compare") -> Result:
     """
     runs = arms(config)
     group.meet(config.ddp_timeout)
-    finished, begun = group.of_first(lambda: ([*map(_is_finished, runs)], [*map(_is_begun, runs)]))
+    finished, begun = agreement.of_first(lambda: ([*map(_is_finished, runs)], [*map(_is_begun, runs)]))
     if all(finished):
         logger.info(
             "All %d runs of %s are complete (--overwrite_output_dir trains again)", len(runs), config.output_root
@@ -196,7 +196,7 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
     workspace = None
     # Rows are shared by all arms: an arm that trains says how many.
     trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
-    finished = group.of_first(lambda: [*map(_is_finished, runs)])
+    finished = agreement.of_first(lambda: [*map(_is_finished, runs)])
     left = [configured for configured, done in zip(runs, finished, strict=True) if not done]
     begun = time.monotonic()
     for number, configured in enumerate(left):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from xgblora import group
+from xgblora import agreement, group
 from xgblora.adapters.adapters import Adapters, LayerSubset, attach
 from xgblora.adapters.boosters import Ledger, start_from
 from xgblora.adapters.files import TASK, require_lora
@@ -65,20 +65,20 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
     folder = folder_of(config)
     stop = StopAtSignal()
     require_ours(config)
-    finished = group.of_first(lambda: finished_result(config))
+    finished = agreement.of_first(lambda: finished_result(config))
     if finished is None:
         with stop.listening(), alone_in(folder):
             require_ours(config)  # again: who held the lock until now may have written something
-            finished = group.of_first(lambda: finished_result(config))
+            finished = agreement.of_first(lambda: finished_result(config))
             if finished is None:
                 result = _run(config, workspace, stop)
-                return group.of_first(lambda: result)
+                return agreement.of_first(lambda: result)
     logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
     return finished
 
 
 def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> RunResult:
-    checkpoint = group.folder_of_first(_checkpoint(config) if group.first() else None)
+    checkpoint = agreement.folder_of_first(_checkpoint(config) if group.first() else None)
     if config.init_adapter and config.trainer != "none":
         require_lora(Path(config.init_adapter))
     if config.result_file:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import xgblora
-from xgblora import group
+from xgblora import agreement, group
 from xgblora.config import RunConfig, differences
 from xgblora.errors import XgbloraError
 
@@ -32,8 +32,8 @@ def of_this_process(config: RunConfig) -> RunConfig:
     if group.size() == 1:
         return config
     group.meet(config.ddp_timeout)
-    config.take_dtype(group.of_first(lambda: config.dtype))  # it may have been measured
-    group.require_same({"version of xgblora": _code(), "version of torch": torch.__version__})
+    config.take_dtype(agreement.of_first(lambda: config.dtype))  # it may have been measured
+    agreement.require_same({"version of xgblora": _code(), "version of torch": torch.__version__})
     settings = group.gather_objects(config.resolved())
     for number, theirs in enumerate(settings):
         if different := differences(settings[0], theirs | {name: settings[0][name] for name in PATHS}):
@@ -45,7 +45,7 @@ def of_this_process(config: RunConfig) -> RunConfig:
         )
         return config
     other = copy.copy(config)
-    other.output_dir, other.result_file = str(Path(mkdtemp(dir=group.scratch())) / "run"), None
+    other.output_dir, other.result_file = str(Path(mkdtemp(dir=agreement.scratch())) / "run"), None
     other.disable_tqdm, other.report_to = True, []
     return other
 
@@ -57,7 +57,7 @@ def require_same_inputs(digests: Mapping[str, str], model: Mapping[str, Any]) ->
         digests: SHA-256 of the files that were read.
         model: Fingerprint of the base.
     """
-    group.require_same({**digests, **{f"base model ({name})": value for name, value in model.items()}})
+    agreement.require_same({**digests, **{f"base model ({name})": value for name, value in model.items()}})
 
 
 def _code() -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from xgblora import group, hf
+from xgblora import agreement, group, hf
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.boosters import Ledger
 from xgblora.adapters.files import require_entries
@@ -286,7 +286,7 @@ class Trainer(hf.HookedTrainer):
                 state.best_model_checkpoint = str(best)
         self.store_flos()
         remove_sealed(folder, FILES)  # one that was damaged, and is now made again
-        group.require_same({f"pair at step {state.global_step}": self.adapters.pair_digest()})
+        agreement.require_same({f"pair at step {state.global_step}": self.adapters.pair_digest()})
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self._write_adapters(work)
             meter = self.meter
@@ -322,7 +322,7 @@ class Trainer(hf.HookedTrainer):
 
     def load_best(self, checkpoint: Path) -> None:
         """Go back to the best adapters. What was done since was done: the cost stays."""
-        self._load(group.folder_of_first(checkpoint if group.first() else None) or checkpoint)
+        self._load(agreement.folder_of_first(checkpoint if group.first() else None) or checkpoint)
 
     def _load(self, checkpoint: Path) -> None:
         self.ledger.load(checkpoint)

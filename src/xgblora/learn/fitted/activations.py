@@ -143,7 +143,7 @@ class Forwards:
             coordinates.append(kernel.coordinates(observation.inputs))
             kept.keep(observation)
         known = gather(coordinates, [(reads, kernel.count) for reads in _reads_of(batches)], self.base.device)
-        return Beside(batches, *self._together(kept, batches), torch.cat(known))
+        return Beside(batches, *self._together((kept, batches)), torch.cat(known))
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
         return [batch.to(self.base.device) for batch in self.parts(examples)]
@@ -166,7 +166,7 @@ class Forwards:
         batches = [batches[number] for batches in groups for number in mine(len(batches))]
         everything = [batch for batches in groups for batch in batches]
         with self.base.skipping(self.prefix, self.adapters.lowest_layer):
-            self.base.share_below([batch.filled() for batch in everything])
+            self.base.share_below(everything)
         self.tokens += sum(batch.tokens for batch in everything)
         return self._watch(batches)
 
@@ -195,31 +195,34 @@ class Forwards:
         weights = self._weights(gather_parts(sizes, len(landmarks)))
         widths = [layer.lora_A.shape[1] for layer in self._fitted]
         kernel = Kernel(SharedInputs.of(inputs, _reads_of(landmarks), widths, self.base.device), weights)
-        seen_of_landmarks, known = self._together(kept, landmarks), None
         if not others:
-            return Observed(landmarks, *seen_of_landmarks, kernel, None)
+            return Observed(landmarks, *self._together((kept, landmarks)), kernel, None)
         kernel.fetch()
-        first, kept, coordinates = kernel.landmarks, _Kept(), []
-        for observation in islice(seen, len(mine(len(others)))):
-            coordinates.append(kernel.coordinates(observation.inputs))
-            kept.keep(observation)
-        reads = _reads_of(others)
+        first, beyond, reads = kernel.landmarks, _Kept(), _reads_of(others)
         known = first.new_empty(len(first) + sum(reads), len(first))
         known[: len(first)] = first
-        end = len(first)
-        for rows in gather(coordinates, [(count, len(first)) for count in reads], self.base.device):
-            known[end : end + len(rows)] = rows
-            end += len(rows)
-        both = zip(seen_of_landmarks, self._together(kept, others), strict=True)
-        written, hidden = (None if one is None or other is None else torch.cat([one, other]) for one, other in both)
-        assert hidden is not None  # every forward has some
-        return Observed([*landmarks, *others], written, hidden, kernel, known)
+        places = known[len(first) :].split(reads)
+        ours = mine(len(others))
+        for number, observation in zip(ours, islice(seen, len(ours)), strict=True):
+            places[number].copy_(kernel.coordinates(observation.inputs))
+            beyond.keep(observation)
+        if size() > 1:
+            shapes = [(count, len(first)) for count in reads]
+            for place, rows in zip(places, gather([places[n] for n in ours], shapes, self.base.device), strict=True):
+                place.copy_(rows)
+        both = self._together((kept, landmarks), (beyond, others))
+        return Observed([*landmarks, *others], *both, kernel, known)
 
-    def _together(self, kept: "_Kept", batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor]:
+    def _together(self, *groups: tuple["_Kept", Sequence[Batch]]) -> tuple[Tensor | None, Tensor]:
         """``written`` and ``hidden`` of all these batches, as :class:`Seen` has them, of what this process kept."""
-        shapes = [(reads, self.base.width) for reads in _reads_of(batches)]
-        written = torch.cat(gather(kept.written, shapes, self.base.device)) if any(turned_down(self.adapters)) else None
-        return written, torch.cat(gather(kept.hidden, shapes, self.base.device))
+        written: list[Tensor] = []
+        hidden: list[Tensor] = []
+        for kept, batches in groups:
+            shapes = [(reads, self.base.width) for reads in _reads_of(batches)]
+            if any(turned_down(self.adapters)):
+                written += gather(kept.written, shapes, self.base.device)
+            hidden += gather(kept.hidden, shapes, self.base.device)
+        return torch.cat(written) if written else None, torch.cat(hidden)
 
     def _weights(self, sizes: Sequence[Sequence[float]]) -> list[float] | None:
         """How much each layer counts, with the lengths that batches saw around them. None: all alike."""
