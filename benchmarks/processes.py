@@ -2,6 +2,7 @@
 
     python benchmarks/processes.py bytes    # needs rights to make a network namespace (root, or unshare -r)
     python benchmarks/processes.py time
+    python benchmarks/processes.py same     # 1, 2 and 4 processes, every way to train
     python benchmarks/processes.py network  # root: two namespaces, 50 ms and 1 % loss between them
 
 `bytes` counts on the interface: a run of 25 steps minus one of 5, in a namespace of its own, so that nothing else is
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 TASK = "--task_name RottenTomatoes --num_train 400 --num_dev 0 --num_eval 32 --use_cpu true --disable_tqdm true"
-RUN = f"{TASK} --xgblora --save_strategy no --logging_steps 1 --zo_eps 1e-2 --learning_rate 1e-2"
+STEP = "--save_strategy no --logging_steps 1 --zo_eps 1e-2 --learning_rate 1e-2"
 DELAY, LOSS = 0.050, 0.01
 STEPS, WARM = 26, 2
 """Of the timing: all, and those that are not counted."""
@@ -41,7 +42,8 @@ TUNSETIFF, TUN_WITHOUT_INFO = 0x400454CA, 0x1001
 
 def command(folder: Path, flags: str) -> list[str]:
     """A training run, as arguments of Python."""
-    return ["-m", "xgblora", "train", *RUN.split(), *flags.split(), "--output_dir", str(folder)]
+    steps = "" if "boost" in flags else STEP
+    return ["-m", "xgblora", "train", *TASK.split(), *steps.split(), *flags.split(), "--output_dir", str(folder)]
 
 
 def free_port() -> int:
@@ -109,7 +111,7 @@ def count_bytes(folder: Path, processes: int, batch: int) -> None:
             counts.append(loopback_bytes() - before)
         return (counts[1] - counts[0]) / 20
 
-    shared = of(lambda n: command(folder / f"{n}", f"--max_steps {n} --per_device_train_batch_size {batch}"))
+    shared = of(lambda n: command(folder / f"{n}", f"--xgblora --max_steps {n} --per_device_train_batch_size {batch}"))
     size = json.loads((folder / "25" / "metrics.json").read_text(encoding="utf-8"))["trainable_parameters"]
     script = folder / "reduce.py"
     script.write_text(REDUCE, encoding="utf-8")
@@ -117,6 +119,33 @@ def count_bytes(folder: Path, processes: int, batch: int) -> None:
     print(f"{processes} processes, {batch} examples a step, {size:,} trainable parameters")
     print(f"losses {8 * batch} bytes; on the wire a step, TCP and IP headers included: {shared:,.0f} bytes")
     print(f"an all-reduce of the gradient instead: {reduced:,.0f} bytes ({reduced / shared:,.0f} times as many)")
+
+
+WAYS = {
+    "per example, merges": "--xgblora --xgblora_steps_per_iteration 2 --max_steps 5",
+    "shared": "--lora --lora_rank 1 --zo_directions shared --max_steps 5",
+    "drawn from activations": "--xgblora --xgblora_init activations --xgblora_init_examples 64 --max_steps 5",
+    "backpropagation": "--lora --lora_rank 1 --trainer regular --max_steps 5",
+    "recipe boost": "--recipe boost --boost_boosters 2",
+}
+FILES = ("training_loss.jsonl", "adapter/adapter_model.safetensors", "adapter/ledger.json")
+
+
+def same_bytes(folder: Path, dtype: str) -> None:
+    """Runs of 1, 2 and 4 processes of the real model, file by file."""
+    different = 0
+    for way, flags in WAYS.items():
+        digests = {}
+        for processes in (1, 2, 4):
+            run = folder / f"{way} {processes}"
+            batch = "" if "boost" in way else "--per_device_train_batch_size 32"
+            together(processes, command(run, f"{flags} --dtype {dtype} --forward_tokens 256 {batch}"))
+            contents = b"".join((run / name).read_bytes() for name in FILES)
+            digests[processes] = hashlib.sha256(contents).hexdigest()
+        same = len(set(digests.values())) == 1
+        different += not same
+        print(f"{way}: {'the same bytes' if same else f'OTHER BYTES {digests}'} ({digests[1][:16]})", flush=True)
+    raise SystemExit(different)
 
 
 def contender(place: dict[str, str], half: int | None, batch: int, dtype: str, pipe: Any) -> None:
@@ -223,8 +252,8 @@ def carry(tuns: list[int], stopped: threading.Event, carried: dict[str, int]) ->
 
 def over_network(folder: Path, batch: int) -> None:
     """A run of two processes with a bad network between them leaves the bytes of one process."""
-    flags = f"--max_steps 40 --dtype float32 --per_device_train_batch_size {batch} --xgblora_steps_per_iteration 10"
-    flags += " --forward_tokens 256"  # several parts
+    flags = "--xgblora --xgblora_steps_per_iteration 10 --max_steps 40 --dtype float32 --forward_tokens 256"
+    flags += f" --per_device_train_batch_size {batch}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *command(folder / "one", flags)], env=environment, check=True, capture_output=True)
     context = multiprocessing.get_context("fork")
@@ -249,7 +278,7 @@ def over_network(folder: Path, batch: int) -> None:
     if any(codes):
         raise SystemExit("".join((folder / f"{number}.log").read_text(encoding="utf-8")[-2000:] for number in range(2)))
     same = True
-    for name in ("training_loss.jsonl", "adapter/adapter_model.safetensors", "adapter/ledger.json"):
+    for name in FILES:
         one, two = (hashlib.sha256((folder / run / name).read_bytes()).hexdigest() for run in ("one", "two"))
         same &= one == two
         print(f"{name}: {'the same bytes' if one == two else 'OTHER BYTES'} ({two[:16]})")
@@ -262,7 +291,7 @@ def over_network(folder: Path, batch: int) -> None:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["bytes", "time", "network"])
+    parser.add_argument("what", choices=["bytes", "time", "same", "network"])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
@@ -273,6 +302,8 @@ def main() -> None:
             count_bytes(folder, given.processes, given.batch)
         elif given.what == "time":
             measure_time(given.batch, given.dtype)
+        elif given.what == "same":
+            same_bytes(folder, given.dtype)
         else:
             over_network(folder, given.batch)
 

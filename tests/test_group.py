@@ -19,6 +19,7 @@ from transformers import OPTForCausalLM
 from conftest import Run, byte_tokenizer, write_rows
 from processes import EVERY_STEP, finish, finish_together, free_port, place, start, start_together
 from test_reliability import same_run
+from xgblora.files import digest
 from xgblora.training.checkpoints import last_checkpoint
 
 IN_PARTS = f"{EVERY_STEP} --per_device_train_batch_size 16 --forward_tokens 120"
@@ -229,6 +230,7 @@ def test_all_verbs_that_processes_share_say_what_one_says(
         finish_it([*argv, str(tmp_path / name)], tmp_path / f"{name}.txt")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8")) for name in ("one", "two"))
     assert timeless(one) == timeless(two)
+    assert "forwarded in 1 part(s), and there are 2 processes" in (tmp_path / "two.txt").read_text(encoding="utf-8")
     assert len(list((tmp_path / "two").iterdir())) == len(list((tmp_path / "one").iterdir()))
     folder, rows = tmp_path / "two" / "xgblora_seed0", str(data_folder / "validation.jsonl")
     asked = ["predict", str(folder), "--file", rows, "--use_cpu", "--batch_size", "4", "--output"]
@@ -244,3 +246,39 @@ def test_all_verbs_that_processes_share_say_what_one_says(
     assert code == 0, err
     log = tmp_path / "texts.txt"
     assert "share a --file" in refused(["predict", str(folder), "a film"], log, [place(n, 2, 1) for n in range(2)])
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import xgblora
+xgblora.join()
+from conftest import train
+from xgblora import group
+trainer, losses = train({folder!r}, forward_tokens=60, xgblora=True, xgblora_steps_per_iteration=5, resume={resume},
+                        max_steps={steps}, save_strategy="steps", save_steps=6)
+if group.first():
+    print(losses)
+    trainer.ledger.save({folder!r} + "/mine")
+group.leave()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun on Windows wants a build of torch with libuv")
+def test_a_trainer_of_ones_own_is_shared(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parent)
+    losses = {}
+    for size, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        for steps, resume in ((12, None), (20, True)):
+            script = tmp_path / "script.py"
+            script.write_text(SCRIPT.format(tests=tests, folder=str(folder), steps=steps, resume=resume), "utf-8")
+            command = ["-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", str(free_port())]
+            begin = [sys.executable, *(command if size > 1 else []), str(script)]
+            done = subprocess.run(begin, capture_output=True, text=True, timeout=240, check=False)
+            assert done.returncode == 0, done.stderr
+            losses[size] = done.stdout
+            if steps == 12:
+                shutil.rmtree(folder / "mine")
+    assert losses[1] == losses[2]
+    for name in ("mine/adapter_model.safetensors", "checkpoint-18/adapter_model.safetensors"):
+        assert digest(tmp_path / "one" / name) == digest(tmp_path / "two" / name)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, TypeVar
 
 from xgblora.errors import XgbloraError
@@ -18,6 +18,13 @@ def scratch() -> Path:
         _scratch.append(TemporaryDirectory(prefix="xgblora-process-", ignore_cleanup_errors=True))
         at_leaving(_clean)
     return Path(_scratch[0].name)
+
+
+def own_folder(folder: str | Path) -> str:
+    """Where this process writes: the first one to ``folder``, any other to a new folder that goes when it leaves."""
+    if first() or Path(folder).is_relative_to(scratch()):
+        return str(folder)
+    return str(Path(mkdtemp(dir=scratch())) / "run")
 
 
 def _clean() -> None:

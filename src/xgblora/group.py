@@ -69,7 +69,7 @@ def join() -> None:
 
         xgblora.join()
         config = RunConfig(output_dir="runs/mine", ddp_timeout=60)
-        run(config)
+        Trainer(model, config, attach(model, xgblora=True), rows).train()
     """
     if "WORLD_SIZE" not in os.environ:
         return

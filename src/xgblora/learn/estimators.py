@@ -7,14 +7,17 @@ gradient norm |l_i| its variance is about mean(|l_i|^2) d / B against |mean l|^2
 less, for the same forward passes.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from xgblora import group
 from xgblora.adapters.adapters import Adapters
 from xgblora.adapters.linear import Probe
 from xgblora.base.checkpointing import checkpointed
@@ -26,6 +29,8 @@ from xgblora.group import gather, mine, total
 from xgblora.learn.cost import Cost
 from xgblora.learn.losses import Loss
 from xgblora.randomness import Stream, generator
+
+logger = logging.getLogger(__name__)
 
 FORWARD_TOKENS = 1024
 """Tokens of a forward on a CPU, about, where nobody says: with more, what a layer hands to the next no longer stays in
@@ -202,6 +207,7 @@ def losses_along(
     """
     split = split_batch(batch, places, most)
     work = [part.tokens for _, part in split]
+    _say_idle(len(split), group.size())
     parts = [(examples, part.repeat(places).filled()) for examples, part in map(split.__getitem__, mine(work))]
 
     def losses(z: Tensor, probes: Tensor) -> Tensor:
@@ -240,6 +246,17 @@ def split_batch(batch: Batch, places: int = 2, most: int | None = None) -> list[
     parts = [slice(i, min(i + size, batch.segments)) for i in range(0, batch.segments, size)]
     device = batch.input_ids.device
     return [(part, build_batch(batch.examples[part], batch.packed).to(device)) for part in parts]
+
+
+@cache
+def _say_idle(parts: int, processes: int) -> None:
+    """Say, once, that some processes have nothing to do."""
+    if parts < processes:
+        logger.info(
+            "A step's batch is forwarded in %d part(s), and there are %d processes: lower --forward_tokens, or raise "
+            "--per_device_train_batch_size",
+            *(parts, processes),
+        )
 
 
 def estimator(config: RunConfig, prefix: Prefix | None) -> Estimator:

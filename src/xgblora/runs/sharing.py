@@ -5,7 +5,6 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def of_this_process(config: RunConfig) -> RunConfig:
         )
         return config
     other = copy.copy(config)
-    other.output_dir, other.result_file = str(Path(mkdtemp(dir=agreement.scratch())) / "run"), None
+    other.output_dir, other.result_file = agreement.own_folder(str(config.output_dir)), None
     other.disable_tqdm, other.report_to = True, []
     return other
 

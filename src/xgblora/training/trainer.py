@@ -100,14 +100,13 @@ class Trainer(hf.HookedTrainer):
             raise XgbloraError("the adapters belong to another model")
         hf.use_one_device(args)  # DataParallel would split what is one packed row
         if args.world_size > 1:
-            raise XgbloraError(
-                "accelerate would share out the rows: call xgblora.join() before the configuration is made, or start "
-                "torchrun -m xgblora (docs/scale.md)"
-            )
+            raise XgbloraError("accelerate would share out the rows: call xgblora.join() first (docs/scale.md)")
         if args.xgblora and args.recipe == "classic" and self.adapters.rank != 1:
             raise XgbloraError(f"XGBLoRA trains pairs of rank 1, the adapters have rank {self.adapters.rank}")
         if args.objective == "reward" and objective is None:
             raise XgbloraError("--objective reward needs an xgblora.Reward: give it as the objective")
+        group.meet(args.ddp_timeout)
+        args.output_dir = agreement.own_folder(str(args.output_dir))
         self.loss = loss_of(args, objective)
         self.judge, self.dev_judge = judges_of(args, self.loss)
         model.to(args.device)
@@ -147,7 +146,8 @@ class Trainer(hf.HookedTrainer):
             XgbloraError: A file is missing from the checkpoint, or damaged; the message names it.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))) or "") or None
+            last = agreement.folder_of_first(last_checkpoint(Path(str(self.args.output_dir))))
+            resume_from_checkpoint = str(last or "") or None
         elif resume_from_checkpoint:
             verify(Path(resume_from_checkpoint))  # before anything in it is read
         self._stopped = False
