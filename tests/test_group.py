@@ -53,6 +53,7 @@ def test_positions_beyond_the_landmarks_are_shared_too(small: list[str], tmp_pat
     write_rows(tmp_path / "train.jsonl", 240)
     write_rows(tmp_path / "validation.jsonl", 30)
     flags = [*RUNS["boost of text"].split(), *small, "--data_dir", str(tmp_path), "--num_train", "200"]
+    flags += ["--only_train_option", "false"]  # prompts are predicted, too
     for number, cache in enumerate(("1", "0.0003")):
         argv = ["train", *flags, "--activation_cache_gb", cache, "--output_dir"]
         one, two = (tmp_path / f"{name} {number}" for name in ("one", "two"))
