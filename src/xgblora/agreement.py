@@ -63,11 +63,14 @@ def folder_of_first(folder: Path | None) -> Path | None:
     return copy
 
 
-def require_same(facts: Mapping[str, Any]) -> None:
-    """Raise :class:`XgbloraError` where processes do not agree on a fact, naming it and the process."""
+def require_same(facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise :class:`XgbloraError` where processes do not agree on a fact, naming it and the process.
+
+    One process alone is not asked for its facts: digests take time.
+    """
     if size() == 1:
         return
-    theirs = gather_objects(dict(facts))
+    theirs = gather_objects(dict(facts()))
     for name, value in theirs[0].items():
         for process, fact in enumerate(theirs):
             if (other := fact.get(name)) != value:

@@ -224,7 +224,8 @@ def gather(
     sent = torch.zeros(HEADER + longest, dtype=torch.uint8)
     sent[0] = _group.signal
     end = HEADER
-    for part, result in zip(mine(parts), results, strict=True):
+    ours = [part for part, process in enumerate(owner) if process == _group.number]
+    for part, result in zip(ours, results, strict=True):
         if result.dtype != torch.float32 or tuple(result.shape) != tuple(shapes[part]):
             raise ValueError(f"part {part} has {result.dtype} {tuple(result.shape)}, not float32 {tuple(shapes[part])}")
         sent[end : end + lengths[part]] = result.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -96,12 +96,12 @@ class Progress:
 
 
 @contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Hold back what a logger says inside the block, but for warnings."""
+def quiet(name: str, level: int = logging.WARNING) -> Iterator[None]:
+    """Hold back what a logger says inside the block, but for warnings, or for what is of this level."""
     log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.WARNING)
+    before = log.level
+    log.setLevel(level)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.setLevel(before)

@@ -143,7 +143,7 @@ def open_finished(run: FinishedRun, config: UseConfig) -> RunPredictor:
     )
     model, tokenizer = load_configured(settings)
     base = Base(model.to(settings.device))
-    require_same_inputs({"adapter": digest(run.adapter / WEIGHTS)}, base.fingerprint())
+    require_same_inputs(base, lambda: {"adapter": digest(run.adapter / WEIGHTS)})
     ledger = load_adapters(base, run.adapter)
     if config.boosters is not None:
         ledger.truncate(config.boosters)

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from xgblora.adapters.adapters import LayerSubset, attach
 from xgblora.adapters.boosters import Ledger, start_from
 from xgblora.adapters.files import TASK
 from xgblora.adapters.plain_peft import WEIGHTS
@@ -21,13 +20,12 @@ from xgblora.data.batch import Example
 from xgblora.errors import XgbloraError
 from xgblora.files import digest, read_json
 from xgblora.learn.recorded import RecordedLoss
-from xgblora.progress import Progress
+from xgblora.progress import Progress, quiet
 from xgblora.runs.folder import ADAPTER, CONFIG
+from xgblora.runs.run import attach_for
 from xgblora.training.checkpoints import checkpoint_folder
 from xgblora.training.record import REPLAY, read_jsonl
 from xgblora.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 WITHOUT: dict[str, Any] = {
     "eval_strategy": "no",
@@ -128,28 +126,22 @@ def replay(run: Path, asked: ReplayConfig, progress: bool = True) -> Replayed:
         config = _config(settings, asked, scratch)
         model, _ = load_configured(config)
         base = Base(model.to(config.device))
-        subset = LayerSubset(config.xgblora_layers, config.layer_choice) if config.xgblora_layers else None
-        targets = config.lora_target_modules
-        adapters = attach(base, config.rank, config.lora_alpha, targets, config.seed, config.xgblora, subset)
+        with quiet("xgblora", logging.ERROR):  # what the run said, it has said
+            adapters = attach_for(config, base, classification=True)
         ledger = Ledger(adapters)
         ledger.task = settings["task_name"]
         if (task := run / ADAPTER / TASK).is_file():
             ledger.task_text = task.read_text(encoding="utf-8")
         if config.init_adapter:
             start_from(ledger, config.init_adapter)
-        package, begun = logging.getLogger("xgblora"), time.perf_counter()
-        level = package.level
+        begun = time.perf_counter()
         with Progress(step, "replaying" if progress else None) as shown:
             stop = _StopAfter(step, folder, shown)
             loss = RecordedLoss((line["tokens"], line["losses"]) for line in lines)
-            stop.trainer = Trainer(
-                model, config, ledger, [Example([1], [[1]], 0)] * rows, objective=loss, callbacks=[stop]
-            )
-            package.setLevel(logging.ERROR)  # what the run said, it has said
-            try:
+            examples = [Example([1], [[1]], 0)] * rows
+            stop.trainer = Trainer(model, config, ledger, examples, objective=loss, callbacks=[stop])
+            with quiet("xgblora", logging.ERROR):
                 stop.trainer.train()
-            finally:
-                package.setLevel(level)
         seconds = time.perf_counter() - begun
     sha256 = digest(folder / WEIGHTS)
     left = [checkpoint_folder(run, step), *([run / ADAPTER] if step == last else [])]

@@ -37,7 +37,7 @@ from xgblora.runs.workspace import Scores, Workspace
 from xgblora.tasks import Chat, Task, load_task, task_text
 from xgblora.training.checkpoints import last_checkpoint
 from xgblora.training.interruption import StopAtSignal, alone_in
-from xgblora.training.record import EVAL_LOSS, REPLAY, CurveRecorder, PeakMemory, read_jsonl
+from xgblora.training.record import EVAL_LOSS, CurveRecorder, PeakMemory
 from xgblora.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
         require_writable(Path(config.result_file))
     workspace = workspace or Workspace(config)
     workspace.require_serves(config)
-    require_same_inputs(workspace.contents(config), workspace.base.fingerprint())
+    require_same_inputs(workspace.base, lambda: workspace.contents(config))
     config.train_as_classification, config.num_dev = workspace.classification, workspace.num_dev
     config.boost_keep = workspace.keeps(config)
     set_seed(config.seed)
@@ -279,8 +279,6 @@ def _train(
     peak = memory.read()
     if (folder / EVAL_LOSS).stat().st_size == 0:
         (folder / EVAL_LOSS).unlink()  # nothing was evaluated on the way
-    if len(read_jsonl(folder / REPLAY)) == 1:
-        (folder / REPLAY).unlink()  # no step of this method follows from its losses alone
     trainer.save_adapters(folder / ADAPTER)
     write_atomically(folder / STATE, lambda file: trainer.state.save_to_json(str(file)))
     merges = [booster.step for booster in ledger.boosters if booster.step]  # 0: what the run started from

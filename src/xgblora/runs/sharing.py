@@ -3,14 +3,14 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import xgblora
 from xgblora import agreement, group
+from xgblora.base import Base
 from xgblora.config import RunConfig, differences
 from xgblora.errors import XgbloraError
 
@@ -32,7 +32,7 @@ def of_this_process(config: RunConfig) -> RunConfig:
         return config
     group.meet(config.ddp_timeout)
     config.take_dtype(agreement.of_first(lambda: config.dtype))  # it may have been measured
-    agreement.require_same({"version of xgblora": _code(), "version of torch": torch.__version__})
+    agreement.require_same(lambda: {"version of xgblora": _code(), "version of torch": torch.__version__})
     settings = group.gather_objects(config.resolved())
     for number, theirs in enumerate(settings):
         if different := differences(settings[0], theirs | {name: settings[0][name] for name in PATHS}):
@@ -49,14 +49,16 @@ def of_this_process(config: RunConfig) -> RunConfig:
     return other
 
 
-def require_same_inputs(digests: Mapping[str, str], model: Mapping[str, Any]) -> None:
+def require_same_inputs(base: Base, digests: Callable[[], Mapping[str, str]]) -> None:
     """Raise :class:`XgbloraError` where processes read other files, or have another model.
 
     Args:
-        digests: SHA-256 of the files that were read.
-        model: Fingerprint of the base.
+        base: The model.
+        digests: SHA-256 of the files that were read; asked for where there are several processes.
     """
-    agreement.require_same({**digests, **{f"base model ({name})": value for name, value in model.items()}})
+    agreement.require_same(
+        lambda: {**digests(), **{f"base model ({name})": value for name, value in base.fingerprint().items()}}
+    )
 
 
 def _code() -> str:

@@ -62,8 +62,8 @@ def stages(run: Path, asked: StagesConfig) -> tuple[list[Stage], list[Path]]:
     config = RunConfig(output_dir=str(run), dtype=of_settings(settings), **vars(asked), **rows_and_model)
     group.meet(config.ddp_timeout)
     workspace = Workspace(config)
-    adapter = {"adapter": digest(run / ADAPTER / WEIGHTS)}
-    require_same_inputs(workspace.contents(config) | adapter, workspace.base.fingerprint())
+    weights = run / ADAPTER / WEIGHTS
+    require_same_inputs(workspace.base, lambda: workspace.contents(config) | {"adapter": digest(weights)})
     adapters = load_adapters(workspace.base, run / ADAPTER).adapters
     scored = {}
     for name, rows in ((workspace.eval_split, workspace.eval), ("dev", workspace.dev)):

@@ -44,20 +44,23 @@ class CurveRecorder(TrainerCallback):
         self.seconds = 0.0
         """Of all steps so far, those before a resumption included: a checkpoint keeps them."""
         self._started = 0.0
+        self._rows = 0
 
     def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A resumed run takes up its curves at the checkpoint: no step may stand in a file twice.
-        for name in (TRAINING_LOSS, EVAL_LOSS, REPLAY):
+        self._rows = len(kwargs["train_dataloader"].dataset)
+        there = [REPLAY] if (self.folder / REPLAY).is_file() else []  # it is made with the first line
+        for name in (TRAINING_LOSS, EVAL_LOSS, *there):
             path = self.folder / name
             kept = [line for line in read_jsonl(path) if line["step"] <= state.global_step] if path.exists() else []
-            if name == REPLAY and not state.global_step:
-                kept = [{"step": 0, "rows": len(kwargs["train_dataloader"].dataset)}]
             write_atomically(path, partial(_write_lines, kept))
 
     def on_losses(self, step: int, tokens: int, losses: Tensor) -> None:
         """Add what forwards said in a micro-batch of ``step``, (places,) float32, and the tokens that it took."""
         shortest = [float(str(value)) for value in losses.cpu().numpy()]  # float32 to the last bit in few digits
         with (self.folder / REPLAY).open("a", encoding="utf-8", newline="\n") as file:
+            if not file.tell():
+                file.write(_line({"step": 0, "rows": self._rows}))
             file.write(_line({"step": step, "tokens": tokens, "losses": shortest}))
 
     def on_step_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

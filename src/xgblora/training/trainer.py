@@ -286,7 +286,7 @@ class Trainer(hf.HookedTrainer):
                 state.best_model_checkpoint = str(best)
         self.store_flos()
         remove_sealed(folder, FILES)  # one that was damaged, and is now made again
-        agreement.require_same({f"pair at step {state.global_step}": self.adapters.pair_digest()})
+        agreement.require_same(lambda: {f"pair at step {state.global_step}": self.adapters.pair_digest()})
         with sealed_folder(folder, self.ledger.fingerprint) as work:
             self._write_adapters(work)
             meter = self.meter
