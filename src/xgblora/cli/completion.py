@@ -21,12 +21,14 @@ from xgblora.runs.preview import PreviewConfig
 from xgblora.runs.push import PushConfig
 from xgblora.runs.replay import ReplayConfig
 from xgblora.runs.stages import StagesConfig
+from xgblora.runs.tune import TuneConfig
 from xgblora.serving.serve import ServeConfig
 
 KINDS: dict[str, type] = {
     **{"demo": DemoConfig, "tasks": PreviewConfig, "train": RunConfig, "compare": ExperimentConfig},
     **{
         "boost": ExperimentConfig,
+        "tune": TuneConfig,
         "check": CheckConfig,
         "stages": StagesConfig,
         "replay": ReplayConfig,

@@ -8,7 +8,7 @@ from xgblora import group
 from xgblora.cli.output import print_table, set_up_output
 from xgblora.cli.parsing import parse, parse_experiment, with_config
 from xgblora.config import RunConfig, better
-from xgblora.report import METRICS, REPORT, RunResult, closing, read_curves, results_table
+from xgblora.report import METRICS, REPORT, RunResult, closing, read_curves, results_table, trials_table
 from xgblora.runs.arms import arm_folder
 from xgblora.runs.check import CheckConfig
 from xgblora.runs.check import check as carry_out_check
@@ -21,6 +21,8 @@ from xgblora.runs.html_report import report_at_the_end
 from xgblora.runs.plan import Plan, plan, whole
 from xgblora.runs.run import run
 from xgblora.runs.run_yaml import RunFile
+from xgblora.runs.tune import TuneConfig
+from xgblora.runs.tune import tune as carry_out_tune
 from xgblora.runs.workspace import Workspace
 from xgblora.training.record import TRAINING_LOSS
 
@@ -88,6 +90,22 @@ def _experiment(verb: str, argv: list[str], methods: Callable[[ExperimentConfig]
 
 def _method(name: str) -> str:
     return name.rpartition("_seed")[0]
+
+
+def tune(verb: str, argv: list[str]) -> int:
+    """Trials, and what repeats the best one."""
+    set_up_output()
+    argv, file = with_config(TuneConfig, verb, argv)
+    config = parse(TuneConfig, verb, argv)
+    _note_changes(file, config)
+    tuned = carry_out_tune(config)
+    best, first = tuned.best, tuned.trials[0]
+    print_table(trials_table(tuned.trials, best), [*tuned.files, tuned.folder])
+    given = f"; the flags as given: {first.loss:.4f}" if first.loss is not None else ""
+    print(f"Best: trial {best.number + 1}, dev loss {best.loss:.4f}{given}.")
+    _close(RunResult.read(tuned.folder), tuned.folder, config)
+    print(f"To train it again, over other seeds: xgblora train --config {tuned.files[0].as_posix()} --seed 1")
+    return 0
 
 
 def check(verb: str, argv: list[str]) -> int:

@@ -34,6 +34,7 @@ VERBS = {
     "train": Verb("Train", "one run: one model, one task, one method, one seed", "new_runs", "train", True),
     "compare": Verb("Train", "several methods over seeds, with figures and a summary", "new_runs", "compare", True),
     "boost": Verb("Train", "XGBLoRA over several seeds, evaluated at each merge", "new_runs", "boost", True),
+    "tune": Verb("Train", "the flags with the lowest dev loss, by trials", "new_runs", "tune"),
     "check": Verb("Train", "what the flags mean, and whether memory suffices; trains nothing", "new_runs", "check"),
     "predict": Verb("Use a run", "answers for new texts, with how sure they are", "asking", "predict", True),
     "eval": Verb("Use a run", "accuracy, F1, confusion and calibration on labelled rows", "asking", "evaluate", True),

@@ -3,7 +3,7 @@
 from xgblora.config.conditions import probed
 from xgblora.config.describe import banner, better, idle_flags, notes, warn_rank
 from xgblora.config.flag import default_of, flag, is_size
-from xgblora.config.flags import UNSUPPORTED
+from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
 from xgblora.config.identity import changed, decisive, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
 from xgblora.config.rules import too_few_rows
@@ -12,8 +12,10 @@ from xgblora.config.shipped import EMBEDDED_MODEL, PACKED_MODEL
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "FLAGS",
     "PACKED_MODEL",
     "UNSUPPORTED",
+    "Flags",
     "RunConfig",
     "banner",
     "better",

@@ -15,6 +15,7 @@ from xgblora.report.intervals import wilson
 from xgblora.report.page import REPORT, write_report
 from xgblora.report.result import METRICS, Curves, RunResult, read_curves
 from xgblora.report.table import results_table, summarise
+from xgblora.report.tuning import TrialResult, draw_trials, trials_table
 from xgblora.report.view import RunView
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Curves",
     "RunResult",
     "RunView",
+    "TrialResult",
     "calibration",
     "calibration_error",
     "closing",
@@ -34,12 +36,14 @@ __all__ = [
     "draw_merge_eval",
     "draw_stages",
     "draw_summary",
+    "draw_trials",
     "read_answers",
     "read_curves",
     "results_table",
     "short",
     "stages_closing",
     "summarise",
+    "trials_table",
     "wilson",
     "write_answers",
     "write_report",

@@ -154,7 +154,7 @@ def _booster_panels(title: str, names: Sequence[str]) -> tuple[Figure, Sequence[
 
 def _finish_panels(figure: Figure, panels: Sequence[Axes], path: Path) -> None:
     _legend(figure, *panels[0].get_legend_handles_labels())
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_summary(runs: Sequence[Curves], path: Path) -> None:
@@ -191,7 +191,7 @@ def draw_summary(runs: Sequence[Curves], path: Path) -> None:
     right.margins(y=0.15)
     for axes in (left, right):
         axes.tick_params(axis="x", rotation=0 if len(_by_label(runs)) < 5 else 30)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _seeds(group: Sequence[Curves]) -> str:
@@ -225,7 +225,7 @@ def _finish(figure: Figure, axes: Axes, path: Path, merges: bool, merge_marker: 
         handles.append(Line2D([], [], color="black", marker=merge_marker, linestyle="", markersize=8))
         labels.append("merge: a booster is frozen")
     _legend(figure, handles, labels)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
@@ -234,7 +234,8 @@ def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) ->
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all, in the kind that the file's name says."""
     kind = path.suffix.lstrip(".").lower() or "png"
     FigureCanvasAgg(figure)
     write_atomically(path, lambda work: figure.savefig(work, dpi=130, format=kind))

@@ -36,9 +36,14 @@ def arm(config: RunConfig, method: str, **changes: Any) -> RunConfig:
         method: One of :data:`METHODS`.
         changes: Further settings of this arm.
     """
+    return variant(config, **METHODS[method] | changes)
+
+
+def variant(config: RunConfig, **changes: Any) -> RunConfig:
+    """``config`` with some changes, in the precision that it has. What has no effect then is left out."""
     settings = {name: config.asked[name] for name in defaults()} | {"objective": config.objective}
     settings |= {"dtype": config.dtype, "load_float16": False, "load_bfloat16": False, "fp16": False, "bf16": False}
-    settings |= METHODS[method] | changes
+    settings |= changes
     if settings["recipe"] == "boost" and settings["eval_steps"] is not None:
         settings["eval_steps"] = 1  # counted in the steps of the others; here every booster is evaluated
     return RunConfig(**without_idle_flags(settings))

@@ -12,20 +12,16 @@ import torch
 
 from xgblora.adapters.adapters import Adapters
 from xgblora.base import Base
-from xgblora.base.architecture import context_length
-from xgblora.base.load import load_configured, load_model_config, load_tokenizer, tiny_model
+from xgblora.base.load import load_configured, load_model_config, tiny_model
 from xgblora.config import EMBEDDED_MODEL, RunConfig, flag, probed
-from xgblora.data.batch import Example
-from xgblora.errors import XgbloraError
 from xgblora.learn.rewards import load_reward
 from xgblora.learn.schedule import resolve
 from xgblora.randomness import Stream, generator
 from xgblora.runs.arms import arm, idle_notes
 from xgblora.runs.folder import classifies, task_of
-from xgblora.runs.memory import free, predict, predict_seconds
+from xgblora.runs.memory import free, predict, predict_seconds, predictable, training_rows
 from xgblora.runs.run import attach_for
 from xgblora.runs.workspace import hide_bars
-from xgblora.tasks import begun, encode, load_splits, sample
 
 logger = logging.getLogger(__name__)
 
@@ -108,22 +104,11 @@ def check(config: CheckConfig) -> bool:
 
 def _fits(config: CheckConfig, configured: RunConfig) -> bool:
     """Log the memory of a training and whether it is there. True where it cannot be predicted, with the reason."""
-    if configured.fits_boosters or config.reward:
+    if not predictable(configured):
         logger.info("Memory: predicted for --trainer zo and regular from random pairs, without --reward")
         return True
     model = load_model_config(config.model_name, config.trust_remote_code)
-    length = min(config.max_length, context_length(model.get_text_config()) or config.max_length)
-    try:
-        task = task_of(config)
-        num_dev = task.num_dev if config.num_dev is None else config.num_dev
-        train = sample(
-            load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
-        ).train
-        tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
-        rows = encode(begun(task, config.beginning, tokenizer), train, tokenizer, length)
-    except XgbloraError as error:
-        logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
-        rows = [Example([1] * (length - 1), [[1], [2]], 0)] * configured.per_device_train_batch_size
+    rows = training_rows(config, model)
     needed, there = predict(configured, model, rows), free(configured.device)
     longest = sorted(row.tokens for row in rows)[-configured.per_device_train_batch_size :]
     logger.info(

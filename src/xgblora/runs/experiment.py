@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from xgblora.report import (
 from xgblora.runs.arms import METHODS, arm, arm_folder, idle_notes
 from xgblora.runs.folder import CONFIG, contents, finished_result, folder_of, task_of
 from xgblora.runs.html_report import report_at_the_end
-from xgblora.runs.run import run
+from xgblora.runs.job import Job
+from xgblora.runs.launch import LaunchFlags, carried_out
 from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.runs.workspace import Workspace
 from xgblora.tasks import Chat, Task
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ExperimentConfig(RunConfig):
+class ExperimentConfig(RunConfig, LaunchFlags):
     """The flags of ``compare`` and ``boost``: those of a run, with other defaults, seeds and figures."""
 
     model_name: str = flag("facebook/opt-350m", "Hub id, local folder or .gguf file of the base model.")
@@ -76,6 +77,7 @@ class ExperimentConfig(RunConfig):
             raise XgbloraError(
                 f"--methods must be different ones of {', '.join(METHODS)}, got {' '.join(self.methods)}"
             )
+        self.require_launchable()
         super().__post_init__()
 
     @property
@@ -193,31 +195,40 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
             "The methods differ in scaling (alpha/r: %s) and so in step size: --lora_rank 1 compares alike",
             " and ".join(str(s) for s in sorted(scalings)),
         )
-    workspace = None
     # Rows are shared by all arms: an arm that trains says how many.
     trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
     finished = agreement.of_first(lambda: [*map(_is_finished, runs)])
     left = [configured for configured, done in zip(runs, finished, strict=True) if not done]
+    try:
+        jobs = _announced(left, trained, len(runs), in_turn=config.launcher == "one_by_one")
+        for done in carried_out(jobs, len(left), config, left, lambda: _workspace(trained, left)):
+            logger.info("%s", short(done.result()))
+    except XgbloraError:
+        if group.first() and not any(map(_is_begun, runs)):  # nothing was begun, so nothing stays
+            (Path(str(config.output_root)) / RUN_YAML).unlink(missing_ok=True)
+        raise
+
+
+def _announced(left: Sequence[RunConfig], trained: RunConfig, whole: int, in_turn: bool) -> Iterator[Job]:
+    """The runs that are left, each with a line when it begins."""
     begun = time.monotonic()
     for number, configured in enumerate(left):
-        if workspace is None:
-            workspace = Workspace(trained)
-            for other in left:
-                if other.keep_file:
-                    workspace.kept(other)  # what it refuses, it refuses before any run
         ahead = ""
-        if number:  # each as long as those before it, on average
+        if number and in_turn:  # each as long as those before it, on average
             seconds = (time.monotonic() - begun) / number * (len(left) - number)
             ahead = f"; about {max(1, round(seconds / 60))} minutes left for all"
-        place = len(runs) - len(left) + number + 1
-        logger.info("Run %d of %d: %s%s", place, len(runs), folder_of(configured).name, ahead)
-        try:
-            result = run(configured, workspace)
-        except XgbloraError:
-            if group.first() and not any(map(_is_begun, runs)):  # nothing was begun, so nothing stays
-                (Path(str(config.output_root)) / RUN_YAML).unlink(missing_ok=True)
-            raise
-        logger.info("%s", short(result))
+        place = whole - len(left) + number + 1
+        logger.info("Run %d of %d: %s%s", place, whole, folder_of(configured).name, ahead)
+        yield Job(configured, trained)
+
+
+def _workspace(trained: RunConfig, left: Sequence[RunConfig]) -> Workspace:
+    """What serves all runs that are left. What it refuses, it refuses before any run."""
+    workspace = Workspace(trained)
+    for configured in left:
+        if configured.keep_file:
+            workspace.kept(configured)
+    return workspace
 
 
 def report(config: ExperimentConfig, folders: Sequence[Path]) -> Result:

@@ -8,6 +8,7 @@ import copy
 import gc
 import itertools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -25,12 +26,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from xgblora.adapters.adapters import attach
+from xgblora.base.architecture import context_length
 from xgblora.base.cpu_layout import return_freed_memory
-from xgblora.base.load import mapped_files, read_in_place
+from xgblora.base.load import load_model_config, load_tokenizer, mapped_files, read_in_place
 from xgblora.config import RunConfig, changed
 from xgblora.data.batch import Example
+from xgblora.errors import XgbloraError
 from xgblora.progress import quiet
+from xgblora.runs.folder import task_of
+from xgblora.tasks import begun, encode, load_splits, sample
 from xgblora.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 SCALED_BYTES = {4: 0.5 + 4 / 64, 8: 1 + 2 / 32}
 """Bytes of a weight in NF4 and in Q8_0, with its share of a scale."""
@@ -178,11 +185,52 @@ def _first_layers(config: RunConfig, architecture: PreTrainedConfig) -> PreTrain
 def _training(config: RunConfig, base: PreTrainedModel, rows: list[Example], steps: int) -> Iterator[Trainer]:
     """A training of the base, of so many steps, that leaves nothing behind."""
     settings: dict[str, Any] = {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "report_to": []}
+    settings |= {
+        "eval_steps": None,
+        "early_stopping_boosters": 0,
+        "load_best_model_at_end": False,
+        "metric_for_best_model": None,
+    }
+    settings |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
     settings |= {"disable_tqdm": True, "torch_compile": False, "use_cpu": True, "xgblora_layers": 0}
     settings |= {"gradient_accumulation_steps": 1, "max_bad_steps": 9, "zo_eps": 1e-2}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         adapters = attach(base, config.rank, config.lora_alpha, config.lora_target_modules, config.seed, config.xgblora)
         yield Trainer(base, changed(config, output_dir=folder, **settings), adapters, rows)
+
+
+def training_rows(config: RunConfig, model: PreTrainedConfig) -> list[Example]:
+    """The training rows of a run; a batch of ``--max_length`` where its data cannot be had.
+
+    Args:
+        config: The run's.
+        model: The configuration of its model.
+    """
+    length = min(config.max_length, context_length(model.get_text_config()) or config.max_length)
+    try:
+        task = task_of(config)
+        num_dev = task.num_dev if config.num_dev is None else config.num_dev
+        train = sample(
+            load_splits(task, config.data_dir), config.train_rows, num_dev, config.num_eval, config.train_set_seed
+        ).train
+        tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
+        return encode(begun(task, config.beginning, tokenizer), train, tokenizer, length)
+    except XgbloraError as error:
+        logger.info("Note: %s; memory is predicted for rows of --max_length %d", error, length)
+        return [Example([1] * (length - 1), [[1], [2]], 0)] * config.per_device_train_batch_size
+
+
+def predictable(config: RunConfig) -> bool:
+    """Whether :func:`predict` knows such trainings."""
+    return not (config.fits_boosters or config.reward)
+
+
+def expected_bytes(config: RunConfig) -> int:
+    """Bytes of a run at its peak; where :func:`predict` does not know it, roughly: libraries, and the weights twice."""
+    model = load_model_config(config.model_name, config.trust_remote_code)
+    if config.trainer != "none" and predictable(config):
+        return predict(config, model, training_rows(config, model)).total
+    return psutil.Process().memory_info().rss + 2 * _stored(config, model)
 
 
 def measure_seconds(config: RunConfig, architecture: PreTrainedConfig, rows: list[Example]) -> float:

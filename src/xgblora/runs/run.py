@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from xgblora import agreement, group
 from xgblora.adapters.adapters import Adapters, LayerSubset, attach
@@ -43,7 +43,7 @@ from xgblora.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
+def run(config: RunConfig, workspace: Workspace | None = None, watch: Sequence[TrainerCallback] = ()) -> RunResult:
     """Carry out one run, or resume it, or return the result it already has.
 
     In the main thread, Ctrl-C or SIGTERM lets the step in progress finish, saves a checkpoint and raises
@@ -54,6 +54,7 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
     Args:
         config: What to run. Its folder is kept where it holds an unfinished run of the same configuration.
         workspace: Of a run with the same model and rows; saves loading them again.
+        watch: Called as the trainer calls its callbacks.
 
     Returns:
         What stands in ``metrics.json``.
@@ -71,13 +72,13 @@ def run(config: RunConfig, workspace: Workspace | None = None) -> RunResult:
             require_ours(config)  # again: who held the lock until now may have written something
             finished = agreement.of_first(lambda: finished_result(config))
             if finished is None:
-                result = _run(config, workspace, stop)
+                result = _run(config, workspace, [stop, *watch])
                 return agreement.of_first(lambda: result)
     logger.info("%s is complete: nothing to do (--overwrite_output_dir starts again)", folder)
     return finished
 
 
-def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> RunResult:
+def _run(config: RunConfig, workspace: Workspace | None, watch: Sequence[TrainerCallback]) -> RunResult:
     checkpoint = agreement.folder_of_first(_checkpoint(config) if group.first() else None)
     if config.init_adapter and config.trainer != "none":
         require_lora(Path(config.init_adapter))
@@ -112,7 +113,7 @@ def _run(config: RunConfig, workspace: Workspace | None, stop: StopAtSignal) -> 
             with adapters.first(0):
                 workspace.zero_shot(config)
                 workspace.zero_shot_other_loss(config)
-            work = _train(config, workspace, ledger, kept, constant, stop, checkpoint)
+            work = _train(config, workspace, ledger, kept, constant, watch, checkpoint)
             scores = workspace.scores(config, "trained")
             work["other_text_loss"] = workspace.other_loss(config)
         finally:
@@ -249,7 +250,7 @@ def _train(
     ledger: Ledger,
     kept: Sequence[Example],
     constant: Sequence[Example],
-    stop: StopAtSignal,
+    watch: Sequence[TrainerCallback],
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train, save the adapter, and say what it took."""
@@ -272,7 +273,8 @@ def _train(
     recorder = CurveRecorder(folder, ledger)
     trainer.meter.cost, recorder.seconds = cost, begun
     trainer.add_callback(recorder)
-    trainer.add_callback(stop)
+    for callback in watch:
+        trainer.add_callback(callback)
     if checkpoint is not None:
         logger.info("Resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

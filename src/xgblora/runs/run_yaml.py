@@ -45,23 +45,26 @@ class RunFile:
         return [what for what, digest in self.sha256.items() if now.get(what) != digest]
 
 
-def write_run_yaml(folder: Path, verb: str, config: RunConfig, digests: Mapping[str, str]) -> None:
+def write_run_yaml(
+    folder: Path, verb: str, config: RunConfig, digests: Mapping[str, str], name: str = RUN_YAML
+) -> None:
     """Write what repeats a run.
 
     Args:
         folder: Of the run, or of the comparison.
-        verb: ``train``, ``compare`` or ``boost``.
+        verb: ``train``, ``compare``, ``boost`` or ``tune``.
         config: As it was given.
         digests: SHA-256 of the files that it reads.
+        name: Of the file.
     """
     flags = {}
     for declared in dataclasses.fields(config):
-        name = declared.name
-        if not declared.init or name in NEVER or name in UNSUPPORTED:
+        flag = declared.name
+        if not declared.init or flag in NEVER or flag in UNSUPPORTED:
             continue
-        value, default = getattr(config, name) if name in ALWAYS else config.asked[name], default_of(declared)
-        if name in ALWAYS or (value != default and (value, default) != (False, "no")):  # what the parser makes of "no"
-            flags[name] = _plain(value)
+        value, default = getattr(config, flag) if flag in ALWAYS else config.asked[flag], default_of(declared)
+        if flag in ALWAYS or (value != default and (value, default) != (False, "no")):  # what the parser makes of "no"
+            flags[flag] = _plain(value)
     if config.task_file is not None:
         del flags["task_name"]
     if "output_root" in flags:
@@ -72,7 +75,7 @@ def write_run_yaml(folder: Path, verb: str, config: RunConfig, digests: Mapping[
     content |= {"sha256": dict(digests)} if digests else {}
     text = f"# xgblora {verb} --config FILE repeats this; flags beside it win.\n"
     text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
-    write_atomically(folder / RUN_YAML, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
+    write_atomically(folder / name, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def _plain(value: Any) -> Any:
