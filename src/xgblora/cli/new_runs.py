@@ -101,7 +101,7 @@ def tune(verb: str, argv: list[str]) -> int:
     tuned = carry_out_tune(config)
     best, first = tuned.best, tuned.trials[0]
     print_table(trials_table(tuned.trials, best), [*tuned.files, tuned.folder])
-    given = f"; the flags as given: {first.loss:.4f}" if first.loss is not None else ""
+    given = f"; the flags as given: {first.loss:.4f}" if first.given and first.loss is not None else ""
     print(f"Best: trial {best.number + 1}, dev loss {best.loss:.4f}{given}.")
     _close(RunResult.read(tuned.folder), tuned.folder, config)
     print(f"To train it again, over other seeds: xgblora train --config {tuned.files[0].as_posix()} --seed 1")

@@ -19,7 +19,9 @@ class TrialResult:
     """What became of one trial."""
 
     number: int
-    """From 0: the first one has the flags as they were given."""
+    """From 0."""
+    given: bool
+    """Whether it has the flags as they were given."""
     values: dict[str, Any]
     """Of the flags that are searched."""
     state: str
@@ -94,7 +96,7 @@ def _points(axes: Axes, places: Mapping[int, Any], trials: Sequence[TrialResult]
     done = [trial for trial in trials if trial.loss is not None]
     losses = np.array([one.loss for one in done], dtype=float)
     axes.plot([places[one.number] for one in done], losses, "o", color="grey", label="a trial")
-    if trials[0].loss is not None:
+    if trials[0].given and trials[0].loss is not None:
         axes.plot(places[0], trials[0].loss, "s", markersize=9, color=COLOURS[1], label="trial 1: flags as given")
     axes.plot(places[best.number], losses.min(), "*", markersize=16, color=COLOURS[2], label="best")
     if left := [places[one.number] for one in trials if one.loss is None]:

@@ -45,10 +45,16 @@ def on_ray(
     ray = _connected(here)
     pending = dict[Any, Job]()
     try:
-        alive = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = [machine.get("CPU", 0) for machine in machines]
         cores = cores or max(1, int(min(max(alive), sum(alive) // total)))
         if cores > max(alive):
             raise XgbloraError(f"--cores_per_run {cores} are more than any machine of the cluster has ({max(alive):g})")
+        if memory > (most := max(machine.get("memory", 0) for machine in machines)):
+            raise XgbloraError(
+                f"a run takes about {memory / 1e9:.1f} GB, and no machine of the cluster has over {most / 1e9:.1f}: "
+                "smaller batches, --dtype bfloat16 or a smaller model"
+            )
         gpus = int(expected[0].device.type == "cuda")
         places = max(1, int(sum(alive)) // cores)
         task = ray.remote(_on_node).options(num_cpus=cores, num_gpus=gpus, memory=memory, max_retries=RETRIES)

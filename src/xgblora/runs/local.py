@@ -98,6 +98,7 @@ def in_processes(jobs: Iterable[Job], total: int, cores: int, places: int) -> It
         with Progress(total, "finished", "runs") as progress:
             while True:
                 while len(busy) < places and (job := again.pop() if again else next(stream, None)) is not None:
+                    idle = [worker for worker in idle if worker.process.is_alive()]
                     worker = idle.pop() if idle else _Worker(cores)
                     worker.pipe.send(job)
                     busy[worker] = job

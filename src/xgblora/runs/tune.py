@@ -25,6 +25,7 @@ from xgblora.training.interruption import alone_in
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.storages import JournalStorage
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,8 @@ class _Judge(TrainerCallback):
     ) -> None:
         from optuna.pruners import MedianPruner
 
-        study = _load(self.study)
-        study.pruner = MedianPruner(n_startup_trials=JUDGES, n_warmup_steps=state.max_steps // WARM)
-        trial = _trial(study, self.number)
+        trial = _trial(self.study, self.number)
+        trial.study.pruner = MedianPruner(n_startup_trials=JUDGES, n_warmup_steps=state.max_steps // WARM)
         trial.report(_loss(metrics), state.global_step)
         if state.global_step < state.max_steps and trial.should_prune():
             raise Pruned(f"trial {self.number} was ended at step {state.global_step}")
@@ -163,7 +163,10 @@ def _study(config: TuneConfig, root: Path, searched: Sequence[Searched]) -> "Stu
     facts = {"settings": decisive(config.resolved()), "search": search, "sha256": digests}
     if config.overwrite_output_dir:
         (root / STUDY).unlink(missing_ok=True)
-    study = _load(root / STUDY)
+    storage = _storage(root / STUDY)  # says what to install
+    import optuna
+
+    study = optuna.create_study(study_name=NAME, storage=storage, direction="minimize", load_if_exists=True)
     theirs = study.user_attrs
     if not theirs:
         for name, fact in facts.items():
@@ -182,8 +185,8 @@ def _study(config: TuneConfig, root: Path, searched: Sequence[Searched]) -> "Stu
     return study
 
 
-def _load(file: Path) -> "Study":
-    """The study in a file, made where there is none."""
+def _storage(file: Path) -> "JournalStorage":
+    """The record of trials in a file, made where there is none."""
     try:
         import optuna
         from optuna.storages import JournalStorage
@@ -191,17 +194,16 @@ def _load(file: Path) -> "Study":
     except ImportError as error:
         raise XgbloraError("xgblora tune needs Optuna: python -m pip install 'xgblora[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(file), JournalFileOpenLock(str(file))))
-    return optuna.create_study(study_name=NAME, storage=storage, direction="minimize", load_if_exists=True)
+    return JournalStorage(JournalFileBackend(str(file), JournalFileOpenLock(str(file))))
 
 
-def _trial(study: "Study", number: int) -> "Trial":
+def _trial(file: Path, number: int) -> "Trial":
     """A trial that is at work."""
-    from optuna.trial import Trial
+    import optuna
 
-    storage = study._storage  # noqa: SLF001
-    return Trial(study, storage.get_trial_id_from_study_id_trial_number(study._study_id, number))  # noqa: SLF001
+    storage = _storage(file)
+    trial = storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(NAME), number)
+    return optuna.Trial(optuna.load_study(study_name=NAME, storage=storage), trial)
 
 
 def _ended(study: "Study") -> int:
@@ -218,11 +220,12 @@ def _jobs(config: TuneConfig, study: "Study", root: Path, searched: Sequence[Sea
     rows = _configured(config, 0, {})
     while broken or _begun(study) < config.trials:
         if broken:
-            trial = _trial(study, broken.pop(0))
+            trial = _trial(root / STUDY, broken.pop(0))
         else:
             number = _begun(study)
             if not number and (given := as_given(config, searched)) is not None:
                 study.enqueue_trial(given, skip_if_exists=True)
+            # Of its own for every trial: a search that goes on draws what it would have drawn.
             seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
             study.sampler = TPESampler(seed=seed, n_startup_trials=max(1, config.trials // 3))
             trial = study.ask()
@@ -266,9 +269,11 @@ def _report(config: TuneConfig, study: "Study", root: Path, searched: Sequence[S
     from optuna.trial import TrialState
 
     states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "ended early", TrialState.FAIL: "diverged"}
+    given = as_given(config, searched)
     trials = [
         TrialResult(
             trial.number,
+            given is not None and trial.number == 0,
             dict(trial.params),
             states[trial.state],
             trial.value if trial.state == TrialState.COMPLETE else None,

@@ -164,7 +164,8 @@ class Trainer(hf.HookedTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Let the method learn from one micro-batch; returns the share of the step's loss that is its."""
-        self.model.eval()
+        if self.model.training:  # each time, it would walk over all modules
+            self.model.eval()
         batch, meter, micro_batches = Batch(**inputs), self.meter, self.current_gradient_accumulation_steps
         meter.begin()
         with within_memory(
@@ -259,9 +260,8 @@ class Trainer(hf.HookedTrainer):
             if self.args.xgblora:
                 logs["booster"] = len(self.ledger.boosters) + 1  # the one in training
         if "train_loss" in logs:  # at the end: transformers knows the steps and the times since the last start alone
-            logs = {"total_flos": logs["total_flos"]}
-            if (mean := self.meter.mean_loss) is not None:
-                logs["train_loss"] = mean
+            mean = self.meter.mean_loss
+            logs = {} if mean is None else {"train_loss": mean}
         super().log(logs, start_time)
 
     def save_adapters(self, folder: Path) -> None:
