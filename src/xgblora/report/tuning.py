@@ -50,17 +50,19 @@ def trials_table(trials: Sequence[TrialResult], best: TrialResult) -> Table:
     return table
 
 
-def draw_trials(trials: Sequence[TrialResult], logarithmic: Mapping[str, bool], path: Path) -> None:
+def draw_trials(trials: Sequence[TrialResult], what: str, logarithmic: Mapping[str, bool], path: Path) -> None:
     """The dev loss of every trial in their order, with the lowest so far, then over each flag that was searched.
 
     Args:
         trials: Finished ones; those without a loss are ticks at the upper edge.
+        what: Which model learned what, as the heading says it.
         logarithmic: For each flag, whether its axis is.
         path: Where the picture goes.
     """
     panels = 1 + len(logarithmic)
-    columns = min(3, panels)
+    columns = 2 if panels == 4 else min(3, panels)
     figure = Figure(figsize=(4.4 * columns, 3.9 * -(-panels // columns)), layout="constrained")
+    figure.suptitle(f"{len(trials)} trials: {what}")
     axes = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel()
     done = [trial for trial in trials if trial.loss is not None]
     best = min(done, key=lambda trial: (trial.loss, trial.number))
@@ -68,7 +70,7 @@ def draw_trials(trials: Sequence[TrialResult], logarithmic: Mapping[str, bool], 
     numbers = [trial.number + 1 for trial in done]
     axes[0].step(numbers, lowest, where="post", color=COLOURS[0], label="lowest so far")
     _points(axes[0], {trial.number: trial.number + 1 for trial in trials}, trials, best)
-    axes[0].set(title="In their order", xlabel="trial", ylabel="dev loss")
+    axes[0].set(xlabel="trial", ylabel="dev loss (nats)")
     axes[0].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for panel, (name, log) in zip(axes[1:], logarithmic.items(), strict=False):
         values = [trial.values[name] for trial in trials]
@@ -83,7 +85,7 @@ def draw_trials(trials: Sequence[TrialResult], logarithmic: Mapping[str, bool], 
             panel.set_xscale("log")
         elif numeric and all(isinstance(value, int) for value in values):
             panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        panel.set(title=name, xlabel=name, ylabel="dev loss")
+        panel.set(xlabel=name, ylabel="dev loss (nats)")
     for panel in axes[panels:]:
         panel.remove()
     handles, labels = axes[0].get_legend_handles_labels()

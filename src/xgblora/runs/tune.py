@@ -292,6 +292,7 @@ def _report(config: TuneConfig, study: "Study", root: Path, searched: Sequence[S
     write_run_yaml(root, "train", again, contents(again), BEST)
     content = {"search": [str(one) for one in searched], "best": best.number}
     write_json(root / TRIALS, content | {"trials": [vars(trial) for trial in trials]})
-    draw_trials(trials, {one.name: one.log for one in searched}, root / PICTURE)
+    what = f"{Path(config.model_name).name} on {task_of(config).name}"
+    draw_trials(trials, what, {one.name: one.log for one in searched}, root / PICTURE)
     folder = folder_of(_configured(config, best.number, values))
     return Tuned(trials, best, folder, [root / name for name in (BEST, PICTURE, TRIALS)])
