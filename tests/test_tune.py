@@ -55,6 +55,9 @@ def test_the_best_trial_has_the_lowest_dev_loss_and_can_be_repeated(
     assert code == 0, err
     for name in ("training_loss.jsonl", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (root / f"trial_{best:03d}" / name).read_bytes()
+    for seed in ("1", "2"):  # each in a folder of its own
+        assert run("train", "--config", root / "best.yaml", "--seed", seed)[0] == 0
+        assert (tmp_path / "runs" / f"SST2_lora_seed{seed}" / "metrics.json").is_file()
     code, out, _ = run(*tuned, "--trials", "6", "--output_root", root)
     assert code == 0  # nothing is left to do
     assert "Trial" not in out.replace("trials", "")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +46,12 @@ class RunFile:
 
 
 def write_run_yaml(
-    folder: Path, verb: str, config: RunConfig, digests: Mapping[str, str], name: str = RUN_YAML
+    folder: Path,
+    verb: str,
+    config: RunConfig,
+    digests: Mapping[str, str],
+    name: str = RUN_YAML,
+    without: Sequence[str] = (),
 ) -> None:
     """Write what repeats a run.
 
@@ -56,11 +61,12 @@ def write_run_yaml(
         config: As it was given.
         digests: SHA-256 of the files that it reads.
         name: Of the file.
+        without: Flags that are left to who repeats it.
     """
     flags = {}
     for declared in dataclasses.fields(config):
         flag = declared.name
-        if not declared.init or flag in NEVER or flag in UNSUPPORTED:
+        if not declared.init or flag in (*NEVER, *UNSUPPORTED, *without):
             continue
         value, default = getattr(config, flag) if flag in ALWAYS else config.asked[flag], default_of(declared)
         if flag in ALWAYS or (value != default and (value, default) != (False, "no")):  # what the parser makes of "no"

@@ -289,7 +289,7 @@ def _report(config: TuneConfig, study: "Study", root: Path, searched: Sequence[S
     best = min(complete, key=lambda trial: (trial.loss, trial.number))
     values = best.values
     again = variant(config, output_dir=None, **values)
-    write_run_yaml(root, "train", again, contents(again), BEST)
+    write_run_yaml(root, "train", again, contents(again), BEST, without=("output_dir",))
     content = {"search": [str(one) for one in searched], "best": best.number}
     write_json(root / TRIALS, content | {"trials": [vars(trial) for trial in trials]})
     what = f"{Path(config.model_name).name} on {task_of(config).name}"
