@@ -119,12 +119,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) ->
 def small(argv: list[str], model: Path) -> list[str]:
     """The same command on a tiny model and few rows."""
     verb, *rest = argv
-    if verb in ("train", "compare", "boost", "check") and "--config" not in rest:
+    if verb in ("train", "compare", "boost", "tune", "check") and "--config" not in rest:
         rest = [*rest, "--model_name", model.as_posix(), *FEW.split()]
         if verb != "check" and "--recipe" not in rest:
             rest += ["--max_steps", "4", "--logging_steps", "2"]
         if verb in ("compare", "boost"):
             rest += ["--data_dir", "my_data", "--seeds", "0"]
+        if verb == "tune":
+            rest += ["--trials", "2"]
     return [verb, *rest]
 
 

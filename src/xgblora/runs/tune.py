@@ -15,7 +15,7 @@ from xgblora.errors import DivergedError, XgbloraError
 from xgblora.files import write_json
 from xgblora.report import TrialResult, draw_trials
 from xgblora.runs.arms import variant
-from xgblora.runs.folder import contents, folder_of, require_ours, task_of
+from xgblora.runs.folder import contents, folder_of, task_of
 from xgblora.runs.job import Finished, Job
 from xgblora.runs.launch import LaunchFlags, carried_out
 from xgblora.runs.run_yaml import write_run_yaml
@@ -128,7 +128,6 @@ def tune(config: TuneConfig) -> Tuned:
     if not (task.num_dev if config.num_dev is None else config.num_dev):
         raise XgbloraError("the best trial is the one with the lowest dev loss: set --num_dev above 0")
     first = _configured(config, 0, as_given(config, searched) or {})  # refused now, where anything is
-    require_ours(first)
     with alone_in(root):
         study = _study(config, root, searched)
         write_run_yaml(root, "tune", config, contents(config))
