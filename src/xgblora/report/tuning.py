@@ -33,6 +33,11 @@ class TrialResult:
     seconds: float | None
 
 
+def short(value: Any) -> str:
+    """The value of a flag, with at most three digits of what is no whole number."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def trials_table(trials: Sequence[TrialResult], best: TrialResult) -> Table:
     """One line a trial, the best one marked."""
     table = Table(title=f"{len(trials)} trials; test rows chose nothing", caption="* lowest dev loss; time in seconds")
@@ -41,7 +46,7 @@ def trials_table(trials: Sequence[TrialResult], best: TrialResult) -> Table:
     for trial in trials:
         table.add_row(
             f"{'*' if trial is best else ''}{trial.number + 1}",
-            *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.values.values()),
+            *map(short, trial.values.values()),
             "-" if trial.loss is None else f"{trial.loss:.4f}",
             "-" if trial.steps is None else f"{trial.steps:,}",
             "-" if trial.seconds is None else f"{trial.seconds:,.0f}",
@@ -50,11 +55,14 @@ def trials_table(trials: Sequence[TrialResult], best: TrialResult) -> Table:
     return table
 
 
-def draw_trials(trials: Sequence[TrialResult], what: str, logarithmic: Mapping[str, bool], path: Path) -> None:
+def draw_trials(
+    trials: Sequence[TrialResult], best: TrialResult, what: str, logarithmic: Mapping[str, bool], path: Path
+) -> None:
     """The dev loss of every trial in their order, with the lowest so far, then over each flag that was searched.
 
     Args:
         trials: Finished ones; those without a loss are ticks at the upper edge.
+        best: The one among them with the lowest loss.
         what: Which model learned what, as the heading says it.
         logarithmic: For each flag, whether its axis is.
         path: Where the picture goes.
@@ -65,7 +73,6 @@ def draw_trials(trials: Sequence[TrialResult], what: str, logarithmic: Mapping[s
     figure.suptitle(f"{len(trials)} trials: {what}")
     axes = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel()
     done = [trial for trial in trials if trial.loss is not None]
-    best = min(done, key=lambda trial: (trial.loss, trial.number))
     lowest = np.minimum.accumulate(np.array([trial.loss for trial in done]))
     numbers = [trial.number + 1 for trial in done]
     axes[0].step(numbers, lowest, where="post", color=COLOURS[0], label="lowest so far")

@@ -63,7 +63,7 @@ def _work(jobs: Connection, cores: int) -> None:
             job = jobs.recv()
             logging.basicConfig(format=f"{folder_of(job.config).name}: %(message)s", force=True)
             jobs.send(outcome(job, cores))
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # nobody waits for the outcome any more
         return
     except Interrupted as stop:
         sys.exit(stop.code)

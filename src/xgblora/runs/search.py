@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from xgblora.base.load import load_model_config
 from xgblora.config import FLAGS, Flags, RunConfig
 from xgblora.errors import XgbloraError, did_you_mean
+from xgblora.report.tuning import short
 
 Value = float | int | bool | str
 
@@ -155,8 +156,4 @@ def in_words(values: Mapping[str, Value]) -> str:
         >>> in_words({"learning_rate": 0.00012345, "lora_r": 8})
         'learning_rate 0.000123, lora_r 8'
     """
-    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
-
-
-def _short(value: Value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{name} {short(value)}" for name, value in values.items())

@@ -131,7 +131,7 @@ def tune(config: TuneConfig) -> Tuned:
     with alone_in(root):
         study = _study(config, root, searched)
         write_run_yaml(root, "tune", config, contents(config))
-        jobs = _jobs(config, study, root, searched)
+        jobs = _jobs(config, study, first, searched)
         left = config.trials - _ended(study)
         for done in carried_out(jobs, left, config, [first], lambda: Workspace(first)) if left > 0 else ():
             _tell(study, done)
@@ -153,7 +153,12 @@ def _configured(config: TuneConfig, number: int, values: dict[str, Value]) -> Ru
     if config.recipe == "classic" and config.eval_steps is None and config.eval_strategy == "no":
         settings["eval_strategy"] = "epoch" if config.max_steps < 0 else "steps"
         settings["eval_steps"] = None if config.max_steps < 0 else max(1, config.max_steps // EVALUATIONS)
-    return variant(config, output_dir=str(Path(str(config.output_root)) / f"trial_{number:03d}"), **settings)
+    return variant(config, output_dir=str(_folder(config, number)), **settings)
+
+
+def _folder(config: TuneConfig, number: int) -> Path:
+    """Where the run of a trial lies."""
+    return Path(str(config.output_root)) / f"trial_{number:03d}"
 
 
 def _study(config: TuneConfig, root: Path, searched: Sequence[Searched]) -> "Study":
@@ -209,17 +214,17 @@ def _ended(study: "Study") -> int:
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
-def _jobs(config: TuneConfig, study: "Study", root: Path, searched: Sequence[Searched]) -> Iterator[Job]:
+def _jobs(config: TuneConfig, study: "Study", rows: RunConfig, searched: Sequence[Searched]) -> Iterator[Job]:
     """Trials that were at work when the search was stopped, then new ones."""
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
     begun, ended = time.monotonic(), _ended(study)
     broken = [trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
-    rows = _configured(config, 0, {})
+    file = Path(str(config.output_root)) / STUDY
     while broken or _begun(study) < config.trials:
         if broken:
-            trial = _trial(root / STUDY, broken.pop(0))
+            trial = _trial(file, broken.pop(0))
         else:
             number = _begun(study)
             if not number and (given := as_given(config, searched)) is not None:
@@ -234,7 +239,7 @@ def _jobs(config: TuneConfig, study: "Study", root: Path, searched: Sequence[Sea
             minutes = (time.monotonic() - begun) / done * (config.trials - trial.number) / 60
             ahead = f"; about {max(1, round(minutes))} minutes left for all"
         logger.info("Trial %d of %d: %s%s", trial.number + 1, config.trials, in_words(values), ahead)
-        yield Job(_configured(config, trial.number, values), rows, [_Judge(root / STUDY, trial.number)] * config.prune)
+        yield Job(_configured(config, trial.number, values), rows, [_Judge(file, trial.number)] * config.prune)
 
 
 def _begun(study: "Study") -> int:
@@ -286,12 +291,10 @@ def _report(config: TuneConfig, study: "Study", root: Path, searched: Sequence[S
     if not complete:
         raise XgbloraError(f"no trial in {root} came to its end: search lower learning rates")
     best = min(complete, key=lambda trial: (trial.loss, trial.number))
-    values = best.values
-    again = variant(config, output_dir=None, **values)
+    again = variant(config, output_dir=None, **best.values)
     write_run_yaml(root, "train", again, contents(again), BEST, without=("output_dir",))
     content = {"search": [str(one) for one in searched], "best": best.number}
     write_json(root / TRIALS, content | {"trials": [vars(trial) for trial in trials]})
     what = f"{Path(config.model_name).name} on {task_of(config).name}"
-    draw_trials(trials, what, {one.name: one.log for one in searched}, root / PICTURE)
-    folder = folder_of(_configured(config, best.number, values))
-    return Tuned(trials, best, folder, [root / name for name in (BEST, PICTURE, TRIALS)])
+    draw_trials(trials, best, what, {one.name: one.log for one in searched}, root / PICTURE)
+    return Tuned(trials, best, _folder(config, best.number), [root / name for name in (BEST, PICTURE, TRIALS)])
