@@ -43,8 +43,9 @@ def fold(adapters: Adapters, dtype: torch.dtype) -> float:
     lost = size = 0.0
     for name, layer in adapters.layers.items():
         weight = getattr(layer.base_layer, "weight", None)
-        if weight is None or weight.dtype != torch.float32:
-            raise XgbloraError(f"{name} has no float32 weight to fold into")
+        # Tensors of other kinds are packed ones, of bitsandbytes or torchao.
+        if type(weight) is not torch.nn.Parameter or weight.dtype != torch.float32:
+            raise XgbloraError(f"{name} of the base has no float32 weight to fold into: export --format peft")
         A, B = layer.pairs()
         update = layer.scaling * (B @ A)
         update = update.T if isinstance(layer.base_layer, Conv1D) else update

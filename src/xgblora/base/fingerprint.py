@@ -59,6 +59,9 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | PackedWeigh
 
 
 def _sampled(weight: Tensor | PackedWeight) -> Tensor:
+    if hasattr(weight, "__tensor_flatten__"):  # made of several tensors, as torchao packs them
+        parts = [_sampled(getattr(weight, name)) for name in weight.__tensor_flatten__()[0]]
+        return torch.cat([part.view(torch.uint8) for part in parts])
     if isinstance(weight, Tensor):
         flat = weight.detach().flatten()
         return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu().contiguous()
