@@ -156,8 +156,8 @@ def test_links_are_not_followed(
 def test_what_is_removed_while_a_run_is_at_work_is_missed(name: str, small: list[str], tmp_path: Path) -> None:
     """A checkpoint may go: there are others. A curve may not come out shorter than it was."""
     log, folder = tmp_path / "log.txt", tmp_path / "run"
-    flags = ["--save_total_limit", "50", "--max_steps", "150", "--logging_steps", "1"]
-    process = start(argv(folder, small, *flags), log)
+    steps = "150" if name == "checkpoint-3" else "2000"  # on a busy machine, too, it is still at work then
+    process = start(argv(folder, small, "--save_total_limit", "50", "--max_steps", steps, "--logging_steps", "1"), log)
     wait_for(process, log, "at step 14")
     (folder / name).rename(tmp_path / "removed")  # at once: a run that ends removes its lock meanwhile
     process.join(120)

@@ -94,9 +94,13 @@ class CurveRecorder(TrainerCallback):
         self._append(EVAL_LOSS, entry)
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
-        if not (path := self.folder / name).is_file():
-            raise XgbloraError(f"{path} was removed while the run was at work: the last checkpoint is kept")
-        with path.open("a", encoding="utf-8", newline="\n") as file:
+        path = self.folder / name
+        try:
+            file = path.open("r+", encoding="utf-8", newline="\n")  # "a" would begin a file that is gone anew
+        except FileNotFoundError as error:
+            raise XgbloraError(f"{path} was removed while the run was at work: the last checkpoint is kept") from error
+        with file:
+            file.seek(0, os.SEEK_END)
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows counts on it
