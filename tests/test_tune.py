@@ -125,6 +125,26 @@ def test_boosters_are_tuned_by_what_they_have(recipe: str, small: list[str], tmp
     assert best["verb"] == "train"
 
 
+def test_a_reward_is_called_one(small: list[str], tmp_path: Path, run: Run) -> None:
+    argv = [
+        "tune",
+        *FLAGS.split(),
+        *small,
+        "--reward",
+        "accuracy",
+        "--trials",
+        "2",
+        "--output_root",
+        tmp_path / "tuned",
+    ]
+    code, out, err = run(*argv)
+    assert code == 0, err
+    assert "minus the dev reward" in out
+    assert "dev loss" not in out
+    metrics = json.loads((tmp_path / "tuned" / "trial_000" / "metrics.json").read_text(encoding="utf-8"))
+    assert trials(tmp_path / "tuned")[0]["loss"] == -metrics["dev_reward"]
+
+
 def test_searches_in_words() -> None:
     assert parse_search(
         ["lora_rank=1,8", "--zo-eps=1e-3..1", "xgblora_layers=0..4", "load_best_model_at_end=true"]

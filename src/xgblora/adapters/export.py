@@ -50,7 +50,7 @@ def fold(adapters: Adapters, dtype: torch.dtype) -> float:
         update = layer.scaling * (B @ A)
         update = update.T if isinstance(layer.base_layer, Conv1D) else update
         before = weight.to(dtype, copy=True).float()
-        weight += update
+        weight.add_(update)
         lost += (weight.to(dtype).float() - before - update).square().sum().item()
         size += update.square().sum().item()
     adapters.detach()

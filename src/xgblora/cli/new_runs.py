@@ -99,10 +99,10 @@ def tune(verb: str, argv: list[str]) -> int:
     config = parse(TuneConfig, verb, argv)
     _note_changes(file, config)
     tuned = carry_out_tune(config)
-    best, first = tuned.best, tuned.trials[0]
-    print_table(trials_table(tuned.trials, best), [*tuned.files, tuned.folder])
+    best, first = tuned.trials.best, tuned.trials.all[0]
+    print_table(trials_table(tuned.trials), [*tuned.files, tuned.folder])
     given = f"; the flags as given: {first.loss:.4f}" if first.given and first.loss is not None else ""
-    print(f"Best: trial {best.number + 1}, dev loss {best.loss:.4f}{given}.")
+    print(f"Best: trial {best.number + 1}, {tuned.trials.measure} {best.loss:.4f}{given}.")
     _close(RunResult.read(tuned.folder), tuned.folder, config)
     print(f"To train it again, over other seeds: xgblora train --config {tuned.files[0].as_posix()} --seed 1")
     return 0

@@ -15,7 +15,7 @@ from xgblora.report.intervals import wilson
 from xgblora.report.page import REPORT, write_report
 from xgblora.report.result import METRICS, Curves, RunResult, read_curves
 from xgblora.report.table import results_table, summarise
-from xgblora.report.tuning import TrialResult, draw_trials, trials_table
+from xgblora.report.tuning import TrialResult, Trials, draw_trials, trials_table
 from xgblora.report.view import RunView
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "RunResult",
     "RunView",
     "TrialResult",
+    "Trials",
     "calibration",
     "calibration_error",
     "closing",

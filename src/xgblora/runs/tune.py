@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from xgblora.config import FLAGS, RunConfig, decisive, differences, flag
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.files import write_json
-from xgblora.report import TrialResult, draw_trials
+from xgblora.report import TrialResult, Trials, draw_trials
 from xgblora.runs.arms import variant
 from xgblora.runs.folder import contents, folder_of, task_of
 from xgblora.runs.job import Finished, Job
@@ -71,12 +71,11 @@ class TuneConfig(RunConfig, LaunchFlags):
 class Tuned:
     """What a search left behind."""
 
-    trials: list[TrialResult]
-    best: TrialResult
+    trials: Trials
     folder: Path
     """Of the best trial's run."""
     files: list[Path] = field(default_factory=list)
-    """What shows the trials, and repeats the best one."""
+    """What repeats the best one, and shows all of them."""
 
 
 class Pruned(XgbloraError):
@@ -295,6 +294,7 @@ def _report(config: TuneConfig, study: "Study", root: Path, searched: Sequence[S
     write_run_yaml(root, "train", again, contents(again), BEST, without=("output_dir",))
     content = {"search": [str(one) for one in searched], "best": best.number}
     write_json(root / TRIALS, content | {"trials": [vars(trial) for trial in trials]})
-    what = f"{Path(config.model_name).name} on {task_of(config).name}"
-    draw_trials(trials, best, what, {one.name: one.log for one in searched}, root / PICTURE)
-    return Tuned(trials, best, _folder(config, best.number), [root / name for name in (BEST, PICTURE, TRIALS)])
+    measure = "dev loss" if config.reward is None else "minus the dev reward"
+    shown = Trials(trials, best, measure, {one.name: one.log for one in searched})
+    draw_trials(shown, f"{Path(config.model_name).name} on {task_of(config).name}", root / PICTURE)
+    return Tuned(shown, _folder(config, best.number), [root / name for name in (BEST, PICTURE, TRIALS)])
