@@ -183,9 +183,11 @@ def test_odd_flags_are_one_line(tuned: list[str], tmp_path: Path, run: Run, monk
         "names zo_eps twice": ["--search", "zo_eps=1,2", "zo_eps=1..2"],
         "boost_ridge has no effect without --recipe boost": ["--search", "boost_ridge=1,2"],
         "nothing to tune": ["--trainer", "none"],
+        "adamfoo is not a valid": ["--search", "optim=sgd,adamfoo"],  # before a trial, whichever has it
+        "at most 2, the model's layers, got 9": ["--xgblora", "--search", "xgblora_layers=1,9"],
     }
     for message, flags in refused.items():
-        argv = [token for token in tuned if token != "--lora"] if "none" in flags else tuned
+        argv = [token for token in tuned if token != "--lora"] if {"none", "--xgblora"} & {*flags} else tuned
         code, _, err = run(*argv, *flags, "--output_root", tmp_path / "refused")
         assert (code, len(err.splitlines())) == (2, 1), err
         assert message in err

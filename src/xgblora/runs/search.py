@@ -126,7 +126,7 @@ def usual_search(config: RunConfig) -> list[Searched]:
 
     Rates lie within a factor of 30 of what was given, probes and ridge within 10.
     """
-    layers = load_model_config(config.model_name, config.trust_remote_code).get_text_config().num_hidden_layers
+    layers = _layers(config)
     shares = (0, layers // 4, 3 * layers // 4) if config.fits_boosters else (0, layers // 4, layers // 2)
     usual = [
         *(_around(name, getattr(config, name), factor) for name, factor in (("learning_rate", 30), ("zo_eps", 10))),
@@ -137,6 +137,19 @@ def usual_search(config: RunConfig) -> list[Searched]:
     return [
         one for one in usual if FLAGS[one.name].idle(config) is None and not (one.name == "lora_r" and config.xgblora)
     ]
+
+
+def require_possible(config: RunConfig, searched: Sequence[Searched]) -> None:
+    """Raise :class:`XgbloraError` where a flag has no effect, or the model has fewer layers than are to be tried."""
+    for one in searched:
+        if (idle := FLAGS[one.name].idle(config)) is not None:
+            raise XgbloraError(f"--search: {idle.message(one.name, config)}")
+        if one.name == "xgblora_layers" and (most := max(map(int, one.values))) > (layers := _layers(config)):
+            raise XgbloraError(f"--search: xgblora_layers must be at most {layers}, the model's layers, got {most}")
+
+
+def _layers(config: RunConfig) -> int:
+    return int(load_model_config(config.model_name, config.trust_remote_code).get_text_config().num_hidden_layers)
 
 
 def _around(name: str, value: float, factor: float) -> Searched:

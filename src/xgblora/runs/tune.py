@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from xgblora.config import FLAGS, RunConfig, decisive, differences, flag
+from xgblora.config import RunConfig, decisive, differences, flag
 from xgblora.errors import DivergedError, XgbloraError
 from xgblora.files import write_json
 from xgblora.report import TrialResult, Trials, draw_trials
@@ -19,7 +19,7 @@ from xgblora.runs.folder import contents, folder_of, task_of
 from xgblora.runs.job import Finished, Job
 from xgblora.runs.launch import LaunchFlags, carried_out
 from xgblora.runs.run_yaml import write_run_yaml
-from xgblora.runs.search import Searched, Value, as_given, in_words, parse_search, usual_search
+from xgblora.runs.search import Searched, Value, as_given, in_words, parse_search, require_possible, usual_search
 from xgblora.runs.workspace import Workspace
 from xgblora.training.interruption import alone_in
 
@@ -122,11 +122,17 @@ def tune(config: TuneConfig) -> Tuned:
         XgbloraError: As :func:`~xgblora.runs.run.run` does; Optuna is not installed; the folder holds other trials;
             or no trial came to its end.
     """
-    searched, root = _searched(config), Path(str(config.output_root))
+    root = Path(str(config.output_root))
+    searched = parse_search(config.search) if config.search else usual_search(config)
+    require_possible(config, searched)
     task = task_of(config)
     if not (task.num_dev if config.num_dev is None else config.num_dev):
         raise XgbloraError("the best trial is the one with the lowest dev loss: set --num_dev above 0")
-    first = _configured(config, 0, as_given(config, searched) or {})  # refused now, where anything is
+    given = as_given(config, searched) or {}
+    first = _configured(config, 0, given)  # refused now, where anything is
+    for one in searched:
+        for value in one.values:
+            _configured(config, 0, given | {one.name: value})
     with alone_in(root):
         study = _study(config, root, searched)
         write_run_yaml(root, "tune", config, contents(config))
@@ -135,15 +141,6 @@ def tune(config: TuneConfig) -> Tuned:
         for done in carried_out(jobs, left, config, [first], lambda: Workspace(first)) if left > 0 else ():
             _tell(study, done)
         return _report(config, study, root, searched)
-
-
-def _searched(config: TuneConfig) -> list[Searched]:
-    """What is tried. Raises :class:`XgbloraError` where it does nothing."""
-    searched = parse_search(config.search) if config.search else usual_search(config)
-    for one in searched:
-        if (idle := FLAGS[one.name].idle(config)) is not None:
-            raise XgbloraError(f"--search: {idle.message(one.name, config)}")
-    return searched
 
 
 def _configured(config: TuneConfig, number: int, values: dict[str, Value]) -> RunConfig:
@@ -235,8 +232,8 @@ def _jobs(config: TuneConfig, study: "Study", rows: RunConfig, searched: Sequenc
         values = {one.name: one.drawn_by(trial) for one in searched}
         ahead = ""
         if (done := _ended(study) - ended) and config.launcher == "one_by_one":
-            minutes = (time.monotonic() - begun) / done * (config.trials - trial.number) / 60
-            ahead = f"; about {max(1, round(minutes))} minutes left for all"
+            minutes = round((time.monotonic() - begun) / done * (config.trials - trial.number) / 60)
+            ahead = f"; about {minutes} minutes left for all" if minutes > 1 else ""
         logger.info("Trial %d of %d: %s%s", trial.number + 1, config.trials, in_words(values), ahead)
         yield Job(_configured(config, trial.number, values), rows, [_Judge(file, trial.number)] * config.prune)
 
