@@ -247,6 +247,13 @@ def test_check_of_one_method(mode: str, run: Run) -> None:
     assert out.count("  rank (r): ") == 1
 
 
+def test_a_comparison_refuses_an_arm_before_any_run(run: Run, small: list[str], tmp_path: Path) -> None:
+    argv = ["compare", *small, "--max_steps", "2", "--methods", "lora", "xgblora", "--xgblora_layers", "99"]
+    code, _, err = run(*argv, "--output_root", tmp_path / "arms")
+    assert (code, err.splitlines()[-1][:31]) == (2, "error: --xgblora_layers must be")
+    assert not [*tmp_path.glob("arms/*")]
+
+
 def test_check_fails_where_the_methods_are_not_comparable(run: Run) -> None:
     code, out, _ = run("check", "--model_name", "tiny", "--rank", 8)
     assert code == 1

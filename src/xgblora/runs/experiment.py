@@ -11,6 +11,7 @@ from xgblora import agreement, group
 from xgblora.config import RunConfig, flag
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
+from xgblora.progress import quiet
 from xgblora.report import (
     REPORT,
     Curves,
@@ -27,6 +28,7 @@ from xgblora.runs.folder import CONFIG, contents, finished_result, folder_of, ta
 from xgblora.runs.html_report import report_at_the_end
 from xgblora.runs.job import Job
 from xgblora.runs.launch import LaunchFlags, carried_out
+from xgblora.runs.run import attach_for
 from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
 from xgblora.runs.workspace import Workspace
 from xgblora.tasks import Chat, Task
@@ -199,8 +201,11 @@ def _carry_out(config: ExperimentConfig, runs: Sequence[RunConfig]) -> None:
     trained = next((configured for configured in runs if configured.trainer != "none"), runs[0])
     finished = agreement.of_first(lambda: [*map(_is_finished, runs)])
     left = [configured for configured, done in zip(runs, finished, strict=True) if not done]
+    in_turn = config.launcher == "one_by_one"
+    if not in_turn:  # one of each method first: what a method refuses is seen at once
+        left.sort(key=lambda configured: config.seeds.index(configured.seed))
     try:
-        jobs = _announced(left, trained, len(runs), in_turn=config.launcher == "one_by_one")
+        jobs = _announced(left, trained, len(runs), in_turn)
         for done in carried_out(jobs, len(left), config, left, lambda: _workspace(trained, left)):
             logger.info("%s", short(done.result()))
     except XgbloraError:
@@ -228,6 +233,9 @@ def _workspace(trained: RunConfig, left: Sequence[RunConfig]) -> Workspace:
     for configured in left:
         if configured.keep_file:
             workspace.kept(configured)
+        if configured.trainer != "none" and configured.seed == left[0].seed:
+            with quiet("xgblora"):
+                attach_for(configured, workspace.base, workspace.classification).detach()
     return workspace
 
 
