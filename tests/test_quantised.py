@@ -89,6 +89,9 @@ def test_a_folder_of_torchao_from_rows_to_an_answer(
     whole, packed = (metrics(tmp_path / name) for name in ("whole", "packed"))
     assert packed["zero_shot_loss"] == pytest.approx(whole["zero_shot_loss"], rel=0.1)
     assert packed["eval_loss"] != whole["eval_loss"]
+    code, out, err = run("check", "--model_name", torchao_folder, *"--dtype float32 --use_cpu --xgblora".split())
+    assert code == 0, err
+    assert "Check passed" in out + err
     assert run("predict", tmp_path / "packed", "a warm film", "--use_cpu")[0] == 0
     assert run("export", tmp_path / "packed", "--output", tmp_path / "peft")[0] == 0
     code, _, err = run("export", tmp_path / "packed", "--format", "merged", "--output", tmp_path / "merged")

@@ -44,7 +44,8 @@ def _packing(model: PreTrainedModel) -> str | None:
         return "8 bits"
     if (config := getattr(model.config, "quantization_config", None)) is None:
         return None
-    return str(getattr(config.quant_method, "value", config.quant_method))
+    method = config["quant_method"] if isinstance(config, dict) else config.quant_method  # as it was read, or settled
+    return str(getattr(method, "value", method))
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | PackedWeight]]:

@@ -138,6 +138,8 @@ def _stored(config: RunConfig, model: PreTrainedConfig) -> int:
     """Bytes of the base model's weights."""
     if files := mapped_files(config.model_name, config.unpack, config.memory_bytes):
         return sum(file.stat().st_size for file in files)
+    if hasattr(model, "quantization_config") and (packed := [*Path(config.model_name).glob("*.safetensors")]):
+        return sum(file.stat().st_size for file in packed)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(
             model, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
