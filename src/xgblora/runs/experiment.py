@@ -26,7 +26,7 @@ from xgblora.report import (
 from xgblora.runs.arms import METHODS, arm, arm_folder, idle_notes
 from xgblora.runs.folder import CONFIG, contents, finished_result, folder_of, task_of
 from xgblora.runs.html_report import report_at_the_end
-from xgblora.runs.job import Job
+from xgblora.runs.job import Job, time_left
 from xgblora.runs.launch import LaunchFlags, carried_out
 from xgblora.runs.run import attach_for
 from xgblora.runs.run_yaml import RUN_YAML, write_run_yaml
@@ -220,8 +220,7 @@ def _announced(left: Sequence[RunConfig], trained: RunConfig, whole: int, in_tur
     for number, configured in enumerate(left):
         ahead = ""
         if number and in_turn:  # each as long as those before it, on average
-            seconds = (time.monotonic() - begun) / number * (len(left) - number)
-            ahead = f"; about {max(1, round(seconds / 60))} minutes left for all"
+            ahead = time_left((time.monotonic() - begun) / number * (len(left) - number))
         place = whole - len(left) + number + 1
         logger.info("Run %d of %d: %s%s", place, whole, folder_of(configured).name, ahead)
         yield Job(configured, trained)

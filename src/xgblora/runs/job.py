@@ -85,6 +85,12 @@ def state(jobs: Iterable[Job]) -> str:
     return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
 
 
+def time_left(seconds: float) -> str:
+    """The end of a line that says how long all runs that are left will take; nothing where that is soon."""
+    minutes = round(seconds / 60)
+    return f"; about {minutes} minutes left for all" if minutes > 1 else ""
+
+
 def cores_in_words(count: int) -> str:
     """So many cores."""
     return f"{count} core{'' if count == 1 else 's'}"

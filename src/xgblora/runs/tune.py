@@ -16,7 +16,7 @@ from xgblora.files import write_json
 from xgblora.report import TrialResult, Trials, draw_trials
 from xgblora.runs.arms import variant
 from xgblora.runs.folder import contents, folder_of, task_of
-from xgblora.runs.job import Finished, Job
+from xgblora.runs.job import Finished, Job, time_left
 from xgblora.runs.launch import LaunchFlags, carried_out
 from xgblora.runs.run_yaml import write_run_yaml
 from xgblora.runs.search import Searched, Value, as_given, in_words, parse_search, require_possible, usual_search
@@ -232,8 +232,7 @@ def _jobs(config: TuneConfig, study: "Study", rows: RunConfig, searched: Sequenc
         values = {one.name: one.drawn_by(trial) for one in searched}
         ahead = ""
         if (done := _ended(study) - ended) and config.launcher == "one_by_one":
-            minutes = round((time.monotonic() - begun) / done * (config.trials - trial.number) / 60)
-            ahead = f"; about {minutes} minutes left for all" if minutes > 1 else ""
+            ahead = time_left((time.monotonic() - begun) / done * (config.trials - trial.number))
         logger.info("Trial %d of %d: %s%s", trial.number + 1, config.trials, in_words(values), ahead)
         yield Job(_configured(config, trial.number, values), rows, [_Judge(file, trial.number)] * config.prune)
 
