@@ -125,19 +125,8 @@ def test_boosters_are_tuned_by_what_they_have(recipe: str, small: list[str], tmp
     assert best["verb"] == "train"
 
 
-def test_a_reward_is_called_one(small: list[str], tmp_path: Path, run: Run) -> None:
-    argv = [
-        "tune",
-        *FLAGS.split(),
-        *small,
-        "--reward",
-        "accuracy",
-        "--trials",
-        "2",
-        "--output_root",
-        tmp_path / "tuned",
-    ]
-    code, out, err = run(*argv)
+def test_a_reward_is_called_one(tuned: list[str], tmp_path: Path, run: Run) -> None:
+    code, out, err = run(*tuned, *"--reward accuracy --trials 2 --output_root".split(), tmp_path / "tuned")
     assert code == 0, err
     assert "minus the dev reward" in out
     assert "dev loss" not in out
