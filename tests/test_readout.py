@@ -135,6 +135,16 @@ def test_backprop_takes_adam_at_a_rate_of_its_own() -> None:
     assert (backprop.lr_scheduler_type, backprop.rank) == ("linear", lora.rank)
 
 
+@pytest.mark.parametrize("flag", ["--backprop_learning_rate", "--in_context_examples"])
+@pytest.mark.parametrize("value", ["-1", "nan"])
+def test_flags_of_one_method_are_refused_by_their_own_names(flag: str, value: str, run: Run, tmp_path: Path) -> None:
+    code, _, err = run("compare", "--methods", "backprop", "in-context", flag, value, "--output_root", tmp_path / "out")
+    assert code == 2
+    assert flag in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

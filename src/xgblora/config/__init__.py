@@ -2,7 +2,7 @@
 
 from xgblora.config.conditions import probed
 from xgblora.config.describe import banner, better, idle_flags, notes, warn_rank
-from xgblora.config.flag import default_of, flag, is_size
+from xgblora.config.flag import NOT_NEGATIVE, POSITIVE, default_of, flag, is_size
 from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
 from xgblora.config.identity import changed, decisive, defaults, differences, without_idle_flags
 from xgblora.config.precision import of_settings
@@ -13,7 +13,9 @@ from xgblora.config.shipped import EMBEDDED_MODEL, PACKED_MODEL
 __all__ = [
     "EMBEDDED_MODEL",
     "FLAGS",
+    "NOT_NEGATIVE",
     "PACKED_MODEL",
+    "POSITIVE",
     "UNSUPPORTED",
     "Flags",
     "RunConfig",

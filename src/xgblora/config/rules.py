@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers.integrations import get_available_reporting_integrations
 
-from xgblora.config.flag import Needs, default_of
+from xgblora.config.flag import DECLARED, Check, Needs, default_of
 from xgblora.config.flags import FLAGS, UNSUPPORTED, Flags
 from xgblora.errors import XgbloraError
 
@@ -34,27 +34,35 @@ def _unsupported(config: Any) -> Iterator[str]:
 
 def _unwritable(config: Any) -> Iterator[str]:
     """Values that no file name, and no JSON file, can hold."""
+    checked = _checks(config)
     for name, value in config.asked.items():
         parts = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(part, str) and "\0" in part for part in parts):
             yield f"--{name} holds a zero byte"
         if any(isinstance(part, str) and not part for part in parts) and isinstance(value, (list, tuple)):
             yield f"--{name} holds an empty name"
-        if any(isinstance(part, float) and not math.isfinite(part) for part in parts) and not FLAGS[name].checks:
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts) and not checked.get(name):
             yield f"--{name} must be a finite number, got {value}"
         if any(isinstance(part, float) and math.isfinite(part) and abs(part) > LARGEST for part in parts):
             yield f"--{name} must be a number that float32 holds, got {value}"
 
 
 def _out_of_range(config: Any) -> Iterator[str]:
-    for name, flag in FLAGS.items():
+    for name, checks in _checks(config).items():
         value = config.asked[name]
-        for wrong in (check for check in flag.checks if value is not None and not check.holds(value)):
+        for wrong in (check for check in checks if value is not None and not check.holds(value)):
             yield f"--{name} must be {wrong.wants}, got {value}"
     for name, hint in get_type_hints(Flags).items():
         choices, value = _choices(hint), getattr(config, name)
         if choices and value is not None and value not in choices:
             yield f"--{name} must be one of {', '.join(choices)}, got {value}"
+
+
+def _checks(config: Any) -> dict[str, list[Check]]:
+    """Which values each flag takes, also those that a verb has beside the flags of a run."""
+    fields = dataclasses.fields(config)
+    beside = {field.name: DECLARED[field].checks for field in fields if field.init and field in DECLARED}
+    return beside | {name: flag.checks for name, flag in FLAGS.items()}
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

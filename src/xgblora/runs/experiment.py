@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xgblora import agreement, group
-from xgblora.config import RunConfig, flag
+from xgblora.config import NOT_NEGATIVE, POSITIVE, RunConfig, flag
 from xgblora.errors import XgbloraError
 from xgblora.files import write_json
 from xgblora.progress import quiet
@@ -55,9 +55,11 @@ class ExperimentConfig(RunConfig, LaunchFlags):
         "nothing trained: in-context, calibrated, centroid, probe (--readout). "
         "Default: lora, xgblora and, where the task is no conversation, in-context.",
     )
-    backprop_learning_rate: float = flag(5e-4, "Method backprop: learning rate of Adam, which falls to 0.")
+    backprop_learning_rate: float = flag(5e-4, "Method backprop: learning rate of Adam, which falls to 0.", POSITIVE)
     in_context_examples: int = flag(
-        8, "Method in-context: answered examples in front of every prompt, drawn by the seed from the training rows."
+        8,
+        "Method in-context: answered examples in front of every prompt, drawn by the seed from the training rows.",
+        NOT_NEGATIVE,
     )
     skip_completed: bool = flag(False, "Go on with a broken comparison: keep finished runs, resume the unfinished one.")
     loss_figure_path: str | None = flag(
