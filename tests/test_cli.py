@@ -520,7 +520,7 @@ def test_another_run_in_the_folder_is_refused(run: Run, small: list[str], tmp_pa
     boost = [token for token in command if token not in ("--max_steps", 2)]
     code, _, err = run(*boost, *"--xgblora --recipe boost --boost_ridge 2".split())
     assert code == 2
-    assert "holds a run of another configuration (recipe classic -> boost, boost_ridge 1.0 -> 2.0" in err
+    assert "holds a run of another configuration (recipe classic -> boost, boost_ridge None -> 2.0" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
     assert run(*command, "--zo_eps", "5e-3", "--overwrite_output_dir")[0] == 0
 

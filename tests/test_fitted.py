@@ -227,6 +227,23 @@ def test_a_teacher_keeps_knowledge_and_drops_prejudice() -> None:
     assert kept == {"knowledge": True, "prejudice": False}
 
 
+def test_rows_set_aside_choose_the_ridge_of_a_teacher() -> None:
+    """Weak where inputs tell the labels, strong where labels are chance; and as it is where few rows would choose."""
+    model = build(ARCHITECTURES["llama"])
+    forwards = forwards_of(attach(model, 1, 16, ["o_proj"], xgblora=True))
+    rows, chosen = examples(200), {}
+    labels = torch.randint(len(rows[0].options), (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    chance = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
+    for case, labelled in (("told", rows), ("chance", chance)):
+        teacher = teach(forwards, labelled[:100], labelled[100:])
+        usual = teach(forwards, labelled[:100], labelled[100:], 1.0)
+        assert min(teacher.losses.values()) < min(usual.losses.values())
+        assert not torch.allclose(teacher.targets(labelled), usual.targets(labelled), rtol=0, atol=0.05)
+        chosen[case] = teacher.ridge
+    assert chosen["told"] < 1 < chosen["chance"]
+    assert teach(forwards, rows[:100], rows[100:120]).ridge == 1
+
+
 def test_boosters_make_the_model_say_what_the_teacher_says() -> None:
     """Also of examples that neither was fitted on, with options of different number; what it never saw is left out."""
     model = build(ARCHITECTURES["llama"])
@@ -620,7 +637,7 @@ def test_a_run_follows_one_teacher_and_counts_it_once(tmp_path: Path, log_lines:
     assert teacher is not None
     assert teacher.cost.sequences == 40 + len(recipe_of(trainer).searched) == 48
     assert all(teacher.knows(row) for row in [*trainer.train_dataset, *recipe_of(trainer).searched])
-    (line,) = log_lines.containing("Teacher of 48 examples, along 1 direction(s); held-out loss")
+    (line,) = log_lines.containing("Teacher of 48 examples, along 1 direction(s), ridge 1; held-out loss")
     assert "added to the base's opinion, " in line
     assert line.endswith("in place of the base's opinion")
     searches = (trainer.cost.sequences - 48 - 40) / 8  # the first booster is fitted to what the teacher saw

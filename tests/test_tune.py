@@ -113,7 +113,7 @@ def test_trials_beside_each_other(tuned: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["boost", "drawn"])
 def test_boosters_are_tuned_by_what_they_have(recipe: str, small: list[str], tmp_path: Path, run: Run) -> None:
     flags = {
-        "boost": "--recipe boost --boost_boosters 2",
+        "boost": "--recipe boost --boost_boosters 2 --boost_ridge 1",
         "drawn": "--xgblora --xgblora_init activations --max_steps 12",
     }
     argv = ["tune", *flags[recipe].split(), *small, "--dtype", "float32", "--trials", "3"]

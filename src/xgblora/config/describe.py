@@ -75,7 +75,7 @@ def banner(config: Any) -> list[str]:
     else:
         lines += [
             "  Recipe: boost (pairs fitted to pseudo-residuals, forward passes only)",
-            f"  Teacher: up to {config.boost_teacher_examples} examples   ridge: {config.boost_ridge:g}   "
+            f"  Teacher: up to {config.boost_teacher_examples} examples   ridge: {_ridge(config)}   "
             f"the base's opinion: {config.boost_opinion}",
             f"  Boosters: {config.boost_boosters}, each fitted on up to {config.boost_fitted} examples   ridge: "
             f"{config.boost_follow_ridge:g}",
@@ -85,6 +85,10 @@ def banner(config: Any) -> list[str]:
         if config.boost_keep not in (None, "none"):
             lines.append(f"  Text to change little: {config.boost_keep}   weight: {config.boost_keep_weight:g}")
     return [rule, *lines, rule]
+
+
+def _ridge(config: Any) -> str:
+    return "chosen on rows set aside" if config.boost_ridge is None else f"{config.boost_ridge:g}"
 
 
 def _rank(config: Any) -> str:

@@ -228,10 +228,10 @@ class Flags(TrainingArguments):
         *(at_least(1), BOOST),
     )
     boost_examples: int = flag(1024, "Recipe boost: training examples of a booster, at most.", at_least(3), BOOST)
-    boost_teacher_examples: int = flag(
-        4096, "Recipe boost: training examples that the teacher of all boosters is fitted on.", at_least(3), BOOST
+    boost_teacher_examples: int = flag(4096, "Recipe boost: examples its teacher is fitted on.", at_least(3), BOOST)
+    boost_ridge: float | None = flag(
+        None, "Recipe boost: ridge penalty. Default: what rows set aside ask for; of text 1.", POSITIVE, BOOST
     )
-    boost_ridge: float = flag(1.0, "Recipe boost: ridge penalty of its teacher; 0.3 to 10 is fine.", POSITIVE, BOOST)
     boost_follow_ridge: float = flag(0.03, "Recipe boost: ridge penalty of a booster's fit.", POSITIVE, BOOST)
     boost_temperature: float = flag(
         0.25,

@@ -122,9 +122,9 @@ def _value(name: str, text: str) -> Value:
 
 
 def usual_search(config: RunConfig) -> list[Searched]:
-    """What is tried where nothing else is asked for: rate, probes, rank, layers and ridge, where they have an effect.
+    """What is tried where nothing else is asked for: rate, probes, rank and layers, where they have an effect.
 
-    Rates lie within a factor of 30 of what was given, probes and ridge within 10.
+    Rates lie within a factor of 30 of what was given, probes within 10, and so does a ridge that was given.
     """
     layers = _layers(config)
     shares = (0, layers // 4, 3 * layers // 4) if config.fits_boosters else (0, layers // 4, layers // 2)
@@ -132,7 +132,7 @@ def usual_search(config: RunConfig) -> list[Searched]:
         *(_around(name, getattr(config, name), factor) for name, factor in (("learning_rate", 30), ("zo_eps", 10))),
         Searched("lora_r", tuple(sorted({1, 2, 4, 8, 16} | {config.rank}))),
         Searched("xgblora_layers", tuple(dict.fromkeys((config.xgblora_layers, *shares)))),
-        _around("boost_ridge", config.boost_ridge, 10),
+        *([] if config.boost_ridge is None else [_around("boost_ridge", config.boost_ridge, 10)]),
     ]
     return [
         one for one in usual if FLAGS[one.name].idle(config) is None and not (one.name == "lora_r" and config.xgblora)

@@ -49,7 +49,7 @@ class TuneConfig(RunConfig, LaunchFlags):
     search: list[str] = flag(
         list,
         "What is tried: NAME=LOW..HIGH (numbers with a point evenly in their logarithm) or NAME=A,B,C, of flags of "
-        "xgblora train. Default: learning_rate, zo_eps, lora_rank, xgblora_layers, boost_ridge: those with an effect.",
+        "xgblora train. Default: learning_rate, zo_eps, lora_rank, xgblora_layers: those with an effect.",
     )
     trials: int = flag(20, "Trials in all; the first one has the flags as they are given.")
     prune: bool = flag(True, "End a trial whose dev loss is above the median of earlier ones at the same step.")

@@ -21,7 +21,7 @@ from xgblora.learn.fitted.recipe import Fit, Recipe, Worth, Written
 from xgblora.learn.fitted.rewarded import Drawn, Rewards
 from xgblora.learn.fitted.step_length import likely_next, line_search, shortest_as_good
 from xgblora.learn.fitted.tail_loss import TailLoss, scored
-from xgblora.learn.fitted.teacher import Teacher, teach
+from xgblora.learn.fitted.teacher import RIDGE, Teacher, teach
 from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
 from xgblora.learn.losses import AnswerLoss, OptionLoss
 from xgblora.randomness import Stream, generator
@@ -94,6 +94,11 @@ class BoostRecipe(Recipe):
             return min(TEXT_DIRECTIONS, self.adapters.base.width)
         return min(MOST_DIRECTIONS, option_directions(rows))
 
+    @property
+    def _ridge(self) -> float:
+        """Of boosters that are fitted without a teacher."""
+        return self.config.boost_ridge or RIDGE
+
     def fit(self, examples: Sequence[Example], start: float) -> Fit:
         cost = Cost()
         self.forwards.note = self.note
@@ -105,7 +110,7 @@ class BoostRecipe(Recipe):
             self.forwards,
             self._seen(examples) or examples,
             self.searched,
-            ridge=self.config.boost_ridge if self.teacher is None else self.config.boost_follow_ridge,
+            ridge=self._ridge if self.teacher is None else self.config.boost_follow_ridge,
             teacher=self.teacher,
             start=start,
             shrinkage=self.config.xgblora_shrinkage,
@@ -125,8 +130,8 @@ class BoostRecipe(Recipe):
                     "it must tell a better one from a worse (--reward_samples draws more of them)"
                 )
             return Fit(loss=-mean, before=0.0, after=0.0, step_length=0.0, cost=cost)
-        ridge, shrinkage = self.config.boost_ridge, self.config.xgblora_shrinkage
-        booster = boost(self.forwards, fitted, searched, ridge=ridge, start=start, shrinkage=shrinkage)
+        shrinkage = self.config.xgblora_shrinkage
+        booster = boost(self.forwards, fitted, searched, ridge=self._ridge, start=start, shrinkage=shrinkage)
         return replace(booster, loss=-mean, cost=cost + booster.cost)
 
     def _seen(self, examples: Sequence[Example]) -> Observed | None:
@@ -174,10 +179,8 @@ class BoostRecipe(Recipe):
             for kept, loss in teacher.losses.items()
         )
         logger.info(
-            "Teacher of %d examples, along %d direction(s); held-out loss %s",
-            teacher.cost.sequences,
-            teacher.directions,
-            losses,
+            "Teacher of %d examples, along %d direction(s), ridge %g; held-out loss %s",
+            *(teacher.cost.sequences, teacher.directions, teacher.ridge, losses),
         )
         return teacher, teacher.cost
 

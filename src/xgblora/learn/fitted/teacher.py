@@ -1,7 +1,8 @@
 """What boosters are to make the model say of options, fitted once."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,15 @@ from xgblora.learn.fitted.fit import fit
 from xgblora.learn.fitted.rewarded import Rewards
 from xgblora.learn.fitted.tail_loss import TailLoss
 
+RIDGE = 1.0
+"""Penalty of a fit to labels, where nothing else is known."""
+
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Those that held-out examples choose from."""
+
+ENOUGH_HELD = 32
+"""Held-out examples that may choose; what fewer say may be chance."""
+
 MINOR = 0.01
 """Share of what inputs explain, below which a direction is left out."""
 
@@ -22,7 +32,13 @@ class Teacher:
     """What the boosters are to make the model say: the probabilities of options, by example."""
 
     def __init__(
-        self, directions: int, before: float, losses: dict[bool, float], cost: Cost, rewards: Rewards | None = None
+        self,
+        directions: int,
+        before: float,
+        losses: dict[bool, float],
+        ridge: float,
+        cost: Cost,
+        rewards: Rewards | None = None,
     ) -> None:
         self.directions = directions
         """How many it moves final hidden states along."""
@@ -31,6 +47,8 @@ class Teacher:
         self.losses = losses
         """Mean loss of the held-out examples where it adds to what the base says along its directions (True), and
         where it replaces that (False). The better one is what it says."""
+        self.ridge = ridge
+        """Its penalty."""
         self.cost = cost
         """What was forwarded, once, to fit it."""
         self.rewards = rewards
@@ -65,12 +83,30 @@ def _question(example: Example) -> Hashable:
     return tuple(example.prompt), tuple(tuple(option) for option in example.options), example.score_prompt
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a teacher that was fitted in one way says."""
+
+    kept: bool
+    """Whether it adds to what the base says."""
+    ridge: float
+    seen: Tensor
+    """Probabilities (examples, options)."""
+    unseen: Tensor
+    losses: Tensor
+    """Of the held-out examples (examples,)."""
+
+    @property
+    def loss(self) -> float:
+        return self.losses.mean().item()
+
+
 @torch.no_grad()
 def teach(
     forwards: Forwards,
     examples: Sequence[Example],
     held: Sequence[Example],
-    ridge: float = 1.0,
+    ridge: float | None = None,
     directions: int = 4,
     opinion: Literal["auto", "keep", "drop"] = "auto",
     rewards: Rewards | None = None,
@@ -84,7 +120,8 @@ def teach(
         forwards: Of the adapters whose layers it is fitted to.
         examples: What it is fitted on.
         held: Examples that nothing is fitted on.
-        ridge: Penalty, as in :func:`fit`.
+        ridge: Penalty, as in :func:`fit`. None: the one of RIDGES with the lowest loss on ``held``, along the u_r that
+            RIDGE finds.
         directions: At most so many u_r.
         opinion: "keep" adds f to what the base says along them, "drop" replaces it by f, "auto" takes what has the
             lower loss on ``held``.
@@ -102,26 +139,52 @@ def teach(
         wanted = [rewards.targets(*pair, tau) for pair in ((loss, seen), (check, unseen))]
         loss, check = (TailLoss(forwards, *pair) for pair in zip((seen, unseen), wanted, strict=True))
     outputs: Tensor | None = None
-    answers: dict[bool, tuple[Tensor, Tensor, float]] = {}
+
+    def answer(kept: bool, ridge: float) -> _Answer:
+        nonlocal outputs
+        fitted, new = seen, unseen
+        if outputs is not None and not kept:  # the directions are those with its opinion
+            fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
+        learner = fit(fitted, loss, ridge, directions if outputs is None else outputs, MINOR, forwards.tell)
+        outputs = learner.outputs
+        moved = new.hidden + learner.at(new) @ outputs
+        probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
+        return _Answer(kept, ridge, probabilities, check.probabilities(moved), check(moved).double())
+
     with forwards.base.held():
         before = check(unseen.hidden).double().mean().item()
-        for kept in (True,) if opinion == "keep" else (True, False):
-            fitted, new = seen, unseen
-            if outputs is not None:  # the directions are those with its opinion
-                fitted, new = (replace(part, hidden=without(part.hidden, outputs)) for part in (seen, unseen))
-            learner = fit(fitted, loss, ridge, directions if outputs is None else outputs, MINOR, forwards.tell)
-            outputs = learner.outputs
-            moved = new.hidden + learner.at(new) @ outputs
-            probabilities = loss.probabilities(fitted.hidden + learner.change @ outputs)
-            answers[kept] = probabilities, check.probabilities(moved), check(moved).double().mean().item()
-    losses = {kept: answers[kept][2] for kept in answers if not (kept and opinion == "drop")}
+        answers = [answer(kept, ridge or RIDGE) for kept in ((True,) if opinion == "keep" else (True, False))]
+        if opinion == "drop":
+            del answers[0]
+        best = min(answers, key=lambda one: one.loss)
+        if ridge is None and len(held) >= ENOUGH_HELD:
+            best = _better_ridge(best, partial(answer, best.kept))
+    losses = {one.kept: one.loss for one in answers} | {best.kept: best.loss}
     cost = Cost(1, len(seen.examples) + len(unseen.examples), forwards.tokens - tokens)
-    teacher = Teacher(len(learner.outputs), before, losses, cost, rewards)
-    of_seen, of_unseen, _ = answers[min(losses, key=losses.__getitem__)]
-    teacher.learn(seen, of_seen)
-    teacher.learn(unseen, of_unseen)
+    assert outputs is not None
+    teacher = Teacher(len(outputs), before, losses, best.ridge, cost, rewards)
+    teacher.learn(seen, best.seen)
+    teacher.learn(unseen, best.unseen)
     teacher.seen = both[0]
     return teacher
+
+
+def _better_ridge(best: _Answer, answer: Callable[[float], _Answer]) -> _Answer:
+    """Go from RIDGE to weaker penalties, or else to stronger ones, as long as the held-out loss falls.
+
+    It has to fall by more than a standard error, paired by example: else it may be chance.
+    """
+    begun, place = best, RIDGES.index(RIDGE)
+    for ridges in (RIDGES[:place][::-1], RIDGES[place + 1 :]):
+        for ridge in ridges:
+            other = answer(ridge)
+            less = best.losses - other.losses
+            if less.mean() <= less.std(correction=0) / len(less) ** 0.5:
+                break
+            best = other
+        if best is not begun:
+            break
+    return best
 
 
 def without(hidden: Tensor, outputs: Tensor) -> Tensor:
