@@ -18,8 +18,8 @@ from xgblora.learn.fitted.tail_loss import TailLoss
 RIDGE = 1.0
 """Penalty of a fit to labels, where nothing else is known."""
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Those that held-out examples choose from."""
+WEAKER = (0.3, 0.1, 0.03)
+"""Those that held-out examples may choose in its place; stronger ones did harm (docs/experiments.md, section 30)."""
 
 ENOUGH_HELD = 32
 """Held-out examples that may choose; what fewer say may be chance."""
@@ -120,8 +120,8 @@ def teach(
         forwards: Of the adapters whose layers it is fitted to.
         examples: What it is fitted on.
         held: Examples that nothing is fitted on.
-        ridge: Penalty, as in :func:`fit`. None: the one of RIDGES with the lowest loss on ``held``, along the u_r that
-            RIDGE finds.
+        ridge: Penalty, as in :func:`fit`. None: RIDGE, or the one of WEAKER with the lowest loss on ``held``, along the
+            u_r that RIDGE finds.
         directions: At most so many u_r.
         opinion: "keep" adds f to what the base says along them, "drop" replaces it by f, "auto" takes what has the
             lower loss on ``held``.
@@ -170,20 +170,16 @@ def teach(
 
 
 def _better_ridge(best: _Answer, answer: Callable[[float], _Answer]) -> _Answer:
-    """Go from RIDGE to weaker penalties, or else to stronger ones, as long as the held-out loss falls.
+    """Weaken the penalty as long as the held-out loss falls.
 
     It has to fall by more than a standard error, paired by example: else it may be chance.
     """
-    begun, place = best, RIDGES.index(RIDGE)
-    for ridges in (RIDGES[:place][::-1], RIDGES[place + 1 :]):
-        for ridge in ridges:
-            other = answer(ridge)
-            less = best.losses - other.losses
-            if less.mean() <= less.std(correction=0) / len(less) ** 0.5:
-                break
-            best = other
-        if best is not begun:
+    for ridge in WEAKER:
+        other = answer(ridge)
+        less = best.losses - other.losses
+        if less.mean() <= less.std(correction=0) / len(less) ** 0.5:
             break
+        best = other
     return best
 
 
