@@ -21,7 +21,7 @@ from xgblora.learn.fitted.recipe import Fit, Recipe, Worth, Written
 from xgblora.learn.fitted.rewarded import Drawn, Rewards
 from xgblora.learn.fitted.step_length import likely_next, line_search, shortest_as_good
 from xgblora.learn.fitted.tail_loss import TailLoss, scored
-from xgblora.learn.fitted.teacher import RIDGE, Teacher, teach
+from xgblora.learn.fitted.teacher import ENOUGH_HELD, RIDGE, Teacher, teach
 from xgblora.learn.fitted.writers import require_writers, turned_down, writers_in_training, written_along
 from xgblora.learn.losses import AnswerLoss, OptionLoss
 from xgblora.randomness import Stream, generator
@@ -36,9 +36,6 @@ TEXT_DIRECTIONS = 16
 
 FAR_AHEAD = 0.8
 """Loss of a teacher, as a share of the base's, below which some step of a first booster must come nearer to it."""
-
-ENOUGH_SEARCHED = 32
-"""Rows that find a step length; of fewer, that none does may be chance."""
 
 
 class BoostRecipe(Recipe):
@@ -144,7 +141,7 @@ class BoostRecipe(Recipe):
 
     def _require_reached(self) -> None:
         """Raise :class:`XgbloraError` where a first booster without a step means that something is wrong."""
-        if self.teacher is None or len(self.searched) < ENOUGH_SEARCHED:
+        if self.teacher is None or len(self.searched) < ENOUGH_HELD:
             return
         best, before = min(self.teacher.losses.values()), self.teacher.before
         if best < FAR_AHEAD * before:

@@ -22,7 +22,7 @@ WEAKER = (0.3, 0.1, 0.03)
 """Those that held-out examples may choose in its place; stronger ones did harm (docs/experiments.md, section 30)."""
 
 ENOUGH_HELD = 32
-"""Held-out examples that may choose; what fewer say may be chance."""
+"""Held-out examples that tell something: which ridge, or that no step of a booster helps. Of fewer it may be chance."""
 
 MINOR = 0.01
 """Share of what inputs explain, below which a direction is left out."""
