@@ -1,8 +1,6 @@
 """The output head: logits and log-probabilities of final hidden states, in parts that memory bears."""
 
-from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from xgblora.base.architecture import finish_logits
-from xgblora.base.packed import PackedWeight
 
-HEAD_BYTES = 2**27
-"""Bytes of the output head in float32 that are multiplied at once. A whole head may take gigabytes."""
+HEAD_BYTES = 2**22
+"""Bytes of the output head in float32 that are multiplied at once on a CPU: they and their logits stay in its cache."""
+
+GPU_HEAD_BYTES = 2**27
+"""The same on a GPU, where every product is a call more. A whole head may take gigabytes."""
 
 READS_AT_ONCE = 1024
 """Predicting positions whose logits are held at once."""
@@ -24,7 +24,11 @@ def logits(model: PreTrainedModel, hidden: Tensor, rows: Tensor | None = None) -
     """Logits (reads, rows) float32 of hidden states (reads, hidden), from float32 products; without ``rows`` of all."""
     if rows is not None:
         return _logits(model, hidden, rows)
-    return torch.cat([_logits(model, hidden, words) for words in _vocabulary(model)], dim=1)
+    words = model.get_output_embeddings().weight.shape[0]
+    result = hidden.new_empty(len(hidden), words, dtype=torch.float32)
+    for part in _vocabulary(model):  # into one tensor: small ones between parts of the head leave holes in memory
+        result[:, part] = _logits(model, hidden, part)
+    return result
 
 
 def log_probabilities(model: PreTrainedModel, hidden: Tensor, read: Tensor, word: Tensor) -> Tensor:
@@ -69,20 +73,20 @@ def log_sum_of_others(model: PreTrainedModel, hidden: Tensor, words: Tensor) -> 
     """
     total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
     slope = torch.zeros_like(hidden, dtype=torch.float32)
-    for rows in _vocabulary(model):
-        for part, weight, products in _products(model, hidden, rows):
-            inside = words[(words >= part.start) & (words < part.stop)] - part.start
-            if len(inside) == part.stop - part.start:
-                continue
-            products.requires_grad_()
-            with torch.enable_grad():
-                logits = finish_logits(model.config, products).index_fill(1, inside, -torch.inf)
-                of_part = logits.logsumexp(1)
-            (pull,) = torch.autograd.grad(of_part, products, torch.ones_like(of_part))
-            of_part = of_part.detach()
-            before, total = total, torch.logaddexp(total, of_part)
-            slope *= (before - total).exp()[:, None]
-            slope.addmm_(pull.mul_((of_part - total).exp()[:, None]), weight)
+    for part in _vocabulary(model):
+        weight, products = _product(model, hidden, part)
+        inside = words[(words >= part.start) & (words < part.stop)] - part.start
+        if len(inside) == part.stop - part.start:
+            continue
+        products.requires_grad_()
+        with torch.enable_grad():
+            logits = finish_logits(model.config, products).index_fill(1, inside, -torch.inf)
+            of_part = logits.logsumexp(1)
+        (pull,) = torch.autograd.grad(of_part, products, torch.ones_like(of_part))
+        of_part = of_part.detach()
+        before, total = total, torch.logaddexp(total, of_part)
+        slope *= (before - total).exp()[:, None]
+        slope.addmm_(pull.mul_((of_part - total).exp()[:, None]), weight)
     return total, slope
 
 
@@ -106,23 +110,20 @@ def _log_probabilities(model: PreTrainedModel, hidden: Tensor, read: Tensor, wor
 
 
 def _vocabulary(model: PreTrainedModel) -> list[slice]:
-    """The vocabulary in chunks of at most HEAD_BYTES of the head."""
-    words, width = model.get_output_embeddings().weight.shape
-    size = max(1, HEAD_BYTES // (4 * width))
+    """The vocabulary in chunks of at most HEAD_BYTES of the head, or GPU_HEAD_BYTES."""
+    weight = model.get_output_embeddings().weight
+    words, width = weight.shape
+    size = max(1, (HEAD_BYTES if weight.device.type == "cpu" else GPU_HEAD_BYTES) // (4 * width))
     return [slice(start, min(start + size, words)) for start in range(0, words, size)]
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor, rows: Tensor | slice) -> Tensor:
-    of_parts = [products for _, _, products in _products(model, hidden, rows)]
-    return finish_logits(model.config, of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, dim=1))
+    return finish_logits(model.config, _product(model, hidden, rows)[1])
 
 
-def _products(model: PreTrainedModel, hidden: Tensor, rows: Tensor | slice) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Products (reads, part) of hidden states with parts of the head's rows: which rows, those, and the products."""
+def _product(model: PreTrainedModel, hidden: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+    """What some rows of the head hold, and the products (reads, rows) of hidden states with them, float32."""
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    weight = head.weight
-    parts = weight.parts(rows) if isinstance(weight, PackedWeight) and isinstance(rows, slice) else [rows]
-    for part in parts:
-        of_part = weight[part].float()
-        yield part, of_part, F.linear(hidden.float(), of_part, None if bias is None else bias[part].float())
+    weight = head.weight[rows].float()
+    return weight, F.linear(hidden.float(), weight, None if bias is None else bias[rows].float())
