@@ -29,6 +29,21 @@ ROWS = [
 ]
 
 
+class Watch(TorchDispatchMode):
+    """Precisions and shapes of the tensors that operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[torch.dtype, torch.Size]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.made.add((tensor.dtype, tensor.shape))
+        return result
+
+
 def plain_scores(model: PreTrainedModel, example: Example) -> list[float]:
     """The definition: one option a call, no packing, mean log-probability of its tokens."""
     scores = []
@@ -80,16 +95,6 @@ def test_a_wide_head_is_never_held_whole_in_float32(monkeypatch: pytest.MonkeyPa
     words, width = model.lm_head.weight.shape
     part = 50
     monkeypatch.setattr(head, "HEAD_BYTES", 4 * width * part)
-    shapes: set[torch.Size] = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                    shapes.add(tensor.shape)
-            return result
-
     batch = build_batch(ROWS)
     hidden = torch.randn(batch.read.numel(), width, requires_grad=True)
     waiting: list[int] = []
@@ -98,14 +103,14 @@ def test_a_wide_head_is_never_held_whole_in_float32(monkeypatch: pytest.MonkeyPa
         waiting.append(tensor.numel() if tensor.dtype == torch.float32 else 0)
         return tensor
 
-    with Watch():
+    with Watch() as watch:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logs = Base(model).log_probabilities(hidden, batch.target_read, batch.target)
         logs.sum().backward()
         Base(model).logits(hidden)
     assert max(waiting) < part * width
-    assert torch.Size([part, width]) in shapes
-    assert torch.Size([words, width]) not in shapes
+    assert (torch.float32, torch.Size([part, width])) in watch.made
+    assert (torch.float32, torch.Size([words, width])) not in watch.made
     whole = F.linear(hidden, model.lm_head.weight.float()).log_softmax(1)
     torch.testing.assert_close(logs, whole[batch.target_read, batch.target], rtol=1e-5, atol=1e-5)
 
@@ -115,18 +120,9 @@ def test_logits_of_a_large_vocabulary_are_never_whole() -> None:
     sizes: dict[str, Any] = {"vocab_size": 50_000, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 1}
     model = build(LlamaConfig(**sizes, num_attention_heads=8))
     hidden = torch.randn(1000, 512, requires_grad=True)
-    made: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                made.append(result.numel())
-            return result
-
-    with Watch():
+    with Watch() as watch:
         Base(model).log_probabilities(hidden, torch.arange(1000), torch.arange(1000)).sum().backward()
-    assert max(made) <= 2**21
+    assert max(shape.numel() for _, shape in watch.made) <= 2**21
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -74,10 +74,10 @@ def log_sum_of_others(model: PreTrainedModel, hidden: Tensor, words: Tensor) -> 
     total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
     slope = torch.zeros_like(hidden, dtype=torch.float32)
     for part in _vocabulary(model):
-        weight, products = _product(model, hidden, part)
         inside = words[(words >= part.start) & (words < part.stop)] - part.start
         if len(inside) == part.stop - part.start:
             continue
+        weight, products = _product(model, hidden, part)
         products.requires_grad_()
         with torch.enable_grad():
             logits = finish_logits(model.config, products).index_fill(1, inside, -torch.inf)
